@@ -1,0 +1,1 @@
+"""The loop, in data-flow order: settings, tokens, checkpoint, selection, batches, curvature, posterior, chain, placement."""

@@ -1,0 +1,173 @@
+"""The largest Hessian eigenvalue over the moving weights: what decides which step sizes are stable.
+
+`lr="auto"` takes lr A = 1 along the stiffest direction, A = n_beta h_max + localization + weight_decay. There the
+Leimkuhler-Matthews step has no bias on a quadratic, and consecutive draws are least correlated for their cost. h_max is
+measured at the checkpoint and where a short pilot ends, since curvature can grow several-fold along flat directions.
+"""
+
+import logging
+import math
+import warnings
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from devinterp.engine.chain import Plan, Walker, is_finite
+from devinterp.engine.posterior import Posterior
+from devinterp.engine.seeds import noise_generator
+from devinterp.engine.selection import Selection
+from devinterp.engine.tokens import Ids
+from devinterp.errors import DevinterpError, InputValueError
+
+logger = logging.getLogger(__name__)
+
+POWER_ITERATIONS = 8
+CONVERGED = 0.1
+"""Relative change of the eigenvalue at which the power iteration stops"""
+TOKENS = 2048
+"""of the sampling stream, on which the curvature is measured; at least 8 sequences, at most 128"""
+PILOT_CHAINS = 4
+SHARE_OF_STABLE = {"leimkuhler_matthews": 1.0, "sgmcmc_sgld": 0.25}
+"""lr A chosen by `lr="auto"`; SGLD takes a quarter, which leaves a bias of 1/16 along the stiffest direction"""
+
+
+@dataclass(frozen=True)
+class StepSize:
+    """The step size of a run and, for `lr="auto"`, the curvatures that it was chosen from."""
+
+    lr: float
+    h_max_checkpoint: float | None = None
+    h_max_pilot: float | None = None
+    pilot_steps: int | None = None
+
+
+def choose_step_size(plan: Plan) -> StepSize:
+    """lr = share / (n_beta h_max + localization + weight_decay), h_max the largest at the checkpoint and after a pilot.
+
+    The pilot runs chains of its own at half the rate that the checkpoint suggests, with `min(4 A / prior, burn-in)` steps
+    (at least 100): until the flattest direction has relaxed, as far as the run's own burn-in would let it. Nothing of it
+    depends on `num_chains` or `num_draws`, so a run can be extended.
+    """
+    settings, posterior = plan.settings, Posterior.of(plan.settings)
+    batches = curvature_batches(plan)
+    weights = plan.selection.initial()
+    at_checkpoint, stiffest = largest_eigenvalue(plan, weights, batches, random_direction(plan, weights))
+    precision = posterior.n_beta * at_checkpoint + posterior.prior_precision
+    if not precision > 0:
+        raise InputValueError(
+            f"lr='auto': the loss has no positive curvature at the checkpoint (h_max={at_checkpoint:.3g}) and there is no "
+            "prior, so every step is stable and none is right. Give lr, or a localization > 0."
+        )
+    steps = max(100, settings.num_burnin_steps)
+    if posterior.prior_precision > 0:
+        steps = max(20, min(steps, math.ceil(4 * precision / posterior.prior_precision)))
+    # the stiffest direction at the checkpoint is a good start where the chain has gone
+    ends = (pilot(plan, chain, 0.5 / precision, steps) for chain in range(PILOT_CHAINS))
+    after_pilot = max(largest_eigenvalue(plan, end, batches, stiffest)[0] for end in ends)
+    precision = posterior.n_beta * max(at_checkpoint, after_pilot) + posterior.prior_precision
+    lr = SHARE_OF_STABLE[settings.sampling_method] / precision
+    logger.info("lr='auto': %.3g, from h_max %.3g at the checkpoint and %.3g after a pilot of %d steps",
+                lr, at_checkpoint, after_pilot, steps)  # fmt: skip
+    return StepSize(lr, at_checkpoint, after_pilot, steps)
+
+
+def pilot(plan: Plan, chain: int, lr: float, steps: int) -> Tensor:
+    """Where a chain of its own ends after `steps` steps; slower where it would leave the finite range."""
+    for _ in range(4):
+        walker = Walker(replace(plan, sampler=plan.settings.sampler(lr), purpose="pilot"), chain)
+        for t in range(steps):
+            if not is_finite(walker.differentiate(t)):
+                break
+            walker.step()
+        else:
+            if torch.isfinite(walker.weights).all():
+                return walker.weights
+        lr /= 4
+    raise DevinterpError(
+        f"lr='auto': the pilot left the finite range even with lr={lr:.3g}. The loss grows too fast around this "
+        "checkpoint: try a larger localization, or a bounding_box_size."
+    )
+
+
+def warn_if_unstable(plan: Plan) -> None:
+    """A given lr is compared with the curvature on a few sequences; the figure is a lower bound, so a warning is certain."""
+    if plan.settings.sampling_method == "rmsprop_sgld" or not plan.settings.n_beta:
+        return
+    posterior, weights = Posterior.of(plan.settings), plan.selection.initial()
+    ids = plan.batches.micro(0, 0)[:8]
+    try:
+        h, _ = largest_eigenvalue(plan, weights, [ids], random_direction(plan, weights), iterations=4)
+    except (RuntimeError, NotImplementedError) as error:  # an operator without a second derivative
+        logger.info("the stability of lr was not checked: %s", error)
+        return
+    reach = plan.sampler.lr * (posterior.n_beta * h + posterior.prior_precision)
+    if reach >= 4:
+        warnings.warn(
+            f"lr={plan.sampler.lr:g}: lr (n_beta h_max + localization + weight_decay) is {reach:.3g} at the checkpoint "
+            f"(h_max={h:.3g}), and no chain is stable from 4 on. Try lr={1 / reach * plan.sampler.lr:.2g}, or lr='auto'.",
+            UserWarning,
+            stacklevel=2,
+        )
+
+
+def curvature_batches(plan: Plan) -> list[Ids]:
+    """The first sequences of the sampling stream, at most one epoch of them, in micro-batches."""
+    size, tokens = plan.settings.batch_size, plan.batches.tokens
+    wanted = max(8, min(128, TOKENS // tokens.length))
+    count = min(math.ceil(wanted / size), tokens.num_rows // size)
+    return [plan.batches.micro(0, number)[:wanted] for number in range(count)]
+
+
+def random_direction(plan: Plan, weights: Tensor) -> Tensor:
+    rng = noise_generator(weights.device, plan.settings.init_seed, "curvature")
+    return torch.randn(weights.shape, generator=rng, dtype=weights.dtype, device=weights.device)
+
+
+def largest_eigenvalue(
+    plan: Plan, weights: Tensor, batches: list[Ids], start: Tensor, iterations: int = POWER_ITERATIONS
+) -> tuple[float, Tensor]:
+    """Largest (not largest absolute) Hessian eigenvalue of the mean loss and its direction, by power iteration.
+
+    When the dominant eigenvalue is negative, the iteration goes on with the Hessian shifted by it. A loss without positive
+    curvature gives 0.
+    """
+    shift, vector = 0.0, start
+    for _ in range(2):
+        vector, eigenvalue = start, 0.0
+        for _ in range(iterations):
+            vector = vector / vector.norm()
+            image = hessian_vector_product(plan, weights, vector, batches).sub_(vector, alpha=shift)
+            before, eigenvalue = eigenvalue, torch.dot(vector, image).item()
+            if not image.any() or abs(eigenvalue - before) < CONVERGED * abs(eigenvalue):
+                break
+            vector = image
+        if eigenvalue >= 0:
+            break
+        shift = eigenvalue
+    return max(0.0, eigenvalue + shift), vector
+
+
+def hessian_vector_product(plan: Plan, weights: Tensor, vector: Tensor, batches: list[Ids]) -> Tensor:
+    """H v of the mean loss over the batches, by differentiating g . v."""
+    selection, checkpoint = plan.selection, plan.checkpoint
+    leaves = selection.leaves(weights)
+    directions = _pieces(selection, vector)
+    product = torch.zeros_like(vector)
+    # the fused attention kernels have no second derivative
+    with sdpa_kernel(SDPBackend.MATH):
+        for ids in batches:
+            losses = checkpoint.losses(selection.place(leaves), checkpoint.ids(ids), checkpoint.buffers())
+            gradients = torch.autograd.grad(losses.mean(), leaves, create_graph=True, materialize_grads=True)
+            slope = torch.stack([(g * v).sum() for g, v in zip(gradients, directions, strict=True)]).sum()
+            if not slope.requires_grad:
+                continue  # a loss linear in the weights
+            images = torch.autograd.grad(slope, leaves, materialize_grads=True)
+            for part, image in zip(_pieces(selection, product), images, strict=True):
+                part += image.detach()
+    return product / len(batches)
+
+
+def _pieces(selection: Selection, flat: Tensor) -> list[Tensor]:
+    return [flat[piece.start : piece.stop] for piece in selection.pieces]

@@ -1,0 +1,58 @@
+"""Every error of the library: what happened, where, and what to try."""
+
+from collections.abc import Sequence
+from typing import Any
+
+
+class DevinterpError(Exception):
+    """Base of every error that DevInterp raises on purpose."""
+
+
+class DevinterpInputError(DevinterpError):
+    """An argument cannot be used. Raised before any compute, and before any file is made."""
+
+
+class InputValueError(DevinterpInputError, ValueError):
+    """The type is right, the value is not."""
+
+
+class InputTypeError(DevinterpInputError, TypeError):
+    """The type is wrong."""
+
+
+def got(argument: str, value: Any, allowed: str, fix: str) -> str:
+    """The one form of an input error: argument and value, what is allowed, what to try."""
+    shown = repr(value)
+    shown = shown if len(shown) <= 80 else shown[:77] + "..."
+    return f"{argument}={shown}: must be {allowed}. {fix}"
+
+
+class RunMismatchError(DevinterpInputError, ValueError):
+    """The store at `output_path` belongs to other inputs than those asked for."""
+
+    def __init__(self, path: str, differences: Sequence[str]):
+        listed = "\n".join(f"  - {line}" for line in differences)
+        super().__init__(
+            f"{path} holds a run with other inputs than those asked for:\n{listed}\n"
+            "Nothing was changed. Choose another output_path, or ask for the run that is stored."
+        )
+        self.differences = list(differences)
+
+
+class ChainDiverged(DevinterpError, RuntimeError):
+    """The loss of a chain stopped being finite."""
+
+    def __init__(self, chain: int, step: int, lr: float):
+        super().__init__(
+            f"chain {chain} left the finite range at step {step} with lr={lr:.3g}. "
+            "Try a smaller lr (or lr='auto'), or a larger localization."
+        )
+        self.chain, self.step, self.lr = chain, step, lr
+
+
+class ChainsUnusable(DevinterpError, RuntimeError):
+    """An estimate was asked of chains that diverged, failed or are not finished."""
+
+
+class StoreError(DevinterpError, RuntimeError):
+    """A store cannot be read: not one of ours, not complete, or damaged."""

@@ -1,0 +1,167 @@
+"""Writing a run: made in one piece, then whole chunks, each written once by the chain that owns it."""
+
+import errno
+import os
+import re
+import shutil
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+from torch import Tensor
+from zarr.codecs import ZstdCodec
+
+from devinterp.errors import InputValueError, got
+from devinterp.store.schema import COMPLETE, Variable, chunks
+
+
+def check_output_path(output_path: Any) -> Path | None:
+    """The path as given, or an error before any compute. An existing directory is looked at by the caller."""
+    if output_path is None:
+        return None
+    if not isinstance(output_path, str | os.PathLike):
+        raise InputValueError(got("output_path", output_path, "a local path or None", "Try 'runs/first'."))
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:(//|:)", os.fspath(output_path)):
+        raise InputValueError(got("output_path", output_path, "a local path", "Write locally, then copy the folder."))
+    path = Path(output_path).expanduser()
+    try:
+        is_other = path.exists() and not path.is_dir()
+    except (OSError, ValueError) as error:
+        raise InputValueError(got("output_path", output_path, "a path of this file system", str(error))) from error
+    if is_other:
+        raise InputValueError(got("output_path", str(path), "a new or a run's directory", "It is a file: choose another."))
+    parent = next(folder for folder in path.absolute().parents if folder.exists())
+    if not path.exists() and not os.access(parent, os.W_OK | os.X_OK):
+        raise InputValueError(got("output_path", str(path), "in a writable directory", f"{parent} is not writable."))
+    return path
+
+
+class StoreWriter:
+    """A run's store while it is written. Every chain writes its own chunks only."""
+
+    def __init__(self, path: Path, variables: Mapping[str, Variable]):
+        self.path, self.variables = path, variables
+        self._root = zarr.open_group(path, mode="r+")
+
+    @classmethod
+    def create(
+        cls, path: Path, variables: Mapping[str, Variable], sizes: Mapping[str, int], metadata: Mapping[str, Any]
+    ) -> "StoreWriter":
+        """Make the whole hierarchy beside `path` and rename it there, so that a store is never half made."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        check_space(path.parent, variables, sizes)
+        made = Path(tempfile.mkdtemp(prefix=f".{path.name[:64]}.", dir=path.parent))
+        try:
+            root = zarr.create_group(made, zarr_format=3, attributes={"metadata": metadata, "completed": 0})
+            for name, variable in variables.items():
+                _create_array(root, name, variable, sizes)
+            made.chmod(0o777 & ~_umask())
+            made.rename(path)
+        except BaseException:
+            shutil.rmtree(made, ignore_errors=True)
+            raise
+        return cls(path, variables)
+
+    def write(self, name: str, value: Any, *region: int | slice) -> None:
+        self._array(name)[region or ...] = np.asarray(value)
+
+    @contextmanager
+    def rows(self, chain: int | None) -> Iterator["Rows"]:
+        """Gathers the rows of one chain (None: of all chains at once); the tail is written also when the chain breaks off."""
+        gathered = Rows(self, chain)
+        try:
+            yield gathered
+        finally:
+            gathered.flush()
+
+    def finish(self) -> None:
+        """The last write of a run."""
+        self._root.attrs["completed"] = 1
+
+    def status(self) -> list[int]:
+        return [int(status) for status in np.asarray(self._array("chain_status")[...])]
+
+    def _array(self, name: str) -> zarr.Array[Any]:
+        array = self._root[name]
+        assert isinstance(array, zarr.Array)
+        return array
+
+
+class Rows:
+    """Rows on their way to the store: held until a chunk is whole, then written once and forgotten."""
+
+    def __init__(self, store: StoreWriter, chain: int | None):
+        self._store, self._chain = store, chain
+        self._held: dict[str, list[Any]] = defaultdict(list)
+        self._written: dict[str, int] = defaultdict(int)
+        self._arrays: dict[str, zarr.Array[Any]] = {}
+
+    def append(self, name: str, row: Tensor | float) -> None:
+        if name not in self._arrays:
+            self._arrays[name] = self._store._array(name)
+        self._held[name].append(row.cpu().numpy() if isinstance(row, Tensor) else row)
+        dims = self._store.variables[name].dims
+        if len(self._held[name]) == self._arrays[name].chunks["chain" in dims]:
+            self._write(name)
+
+    def flush(self) -> None:
+        for name, held in self._held.items():
+            if held:
+                self._write(name)
+
+    def _write(self, name: str) -> None:
+        start = self._written[name]
+        rows = slice(start, start + len(self._held[name]))
+        chain = () if self._chain is None else (self._chain,)
+        self._arrays[name][(*chain, rows)] = np.stack(self._held[name])
+        self._written[name] = rows.stop
+        self._held[name].clear()
+
+
+def _create_array(root: zarr.Group, name: str, variable: Variable, sizes: Mapping[str, int]) -> None:
+    root.create_array(
+        name,
+        shape=tuple(sizes[dim] for dim in variable.dims),
+        chunks=chunks(name, variable, sizes),
+        dtype=variable.dtype,
+        fill_value=np.nan if variable.dtype.startswith("float") else (-1 if name == "diverged_at" else 0),
+        compressors=ZstdCodec(level=1, checksum=True),
+        dimension_names=variable.dims,
+        attributes={"long_name": variable.meaning, "units": variable.unit, **(variable.attributes or {})},
+        # a chunk of NaN is a result; one that is absent was not computed
+        config={"write_empty_chunks": True},
+    )
+
+
+def stored_bytes(variables: Mapping[str, Variable], sizes: Mapping[str, int]) -> int:
+    """Uncompressed size; losses compress by a tenth at best."""
+    return sum(
+        np.dtype(variable.dtype).itemsize * int(np.prod([sizes[dim] for dim in variable.dims], dtype=np.int64))
+        for variable in variables.values()
+    )
+
+
+def check_space(folder: Path, variables: Mapping[str, Variable], sizes: Mapping[str, int]) -> None:
+    needed, free = stored_bytes(variables, sizes), shutil.disk_usage(folder).free
+    if needed > free:
+        raise OSError(
+            errno.ENOSPC,
+            f"the run needs about {needed:,} bytes, {free:,} are free ({needed - free:,} short). Free some, choose another "
+            "output_path, or take fewer draws or observable batches",
+            str(folder),
+        )
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def all_complete(status: list[int]) -> bool:
+    return all(value == COMPLETE for value in status)
