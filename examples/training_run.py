@@ -149,14 +149,16 @@ def run(folder: Path, checkpoints: tuple[int, ...] = CHECKPOINTS, characters: in
     )
     figure.savefig(folder / "llc_over_training.png", dpi=130)
     print(f"\npicture: {folder / 'llc_over_training.png'}\nstores:  {folder / 'runs'} (try: devinterp show {folder}/runs/...)")
-    print(f"LLCs depend on the sampler's settings, localization above all: compare them at one setting only, as here.")
+    print("LLCs depend on the sampler's settings, localization above all: compare them at one setting only, as here.")
     print(f"{trained - started:.0f} s for text and training, {time.monotonic() - trained:.0f} s for the LLCs")
     return rows
 
 
 def print_row(row: dict, header: bool) -> None:
     if header:
-        print(f"\n{'step':>6} {'loss code':>10} {'prose':>6} {'LLC':>7} {'± sem':>6} {'code':>7} {'prose':>7} {'R-hat':>6} {'ESS':>5} {'lr':>8}")
+        print(
+            f"\n{'step':>6} {'loss code':>10} {'prose':>6} {'LLC':>7} {'± sem':>6} {'code':>7} {'prose':>7} {'R-hat':>6} {'ESS':>5} {'lr':>8}"
+        )
     print(
         f"{row['step']:>6} {row['loss code']:>10.2f} {row['loss prose']:>6.2f} {row['llc']:>7.2f} {row['sem']:>6.2f} "
         f"{row['llc code']:>7.2f} {row['llc prose']:>7.2f} {row['rhat']:>6.3f} {row['ess']:>5.0f} {row['lr']:>8.1e}"

@@ -61,8 +61,9 @@ class Checkpoint:
         # another device gets its own copy: some models (TransformerLens) keep the device in their configuration
         self.model = model if _device_of(model) == device else copy.deepcopy(model).to(device)
         self.device, self.train_mode, self.loss_fn = device, train_mode, loss_fn
-        self.parameters = {name: p.detach() for name, p in self.model.named_parameters()}
-        self._buffers = {f"model.{name}": b.detach().clone() for name, b in self.model.named_buffers()}
+        with torch.inference_mode(False):  # tensors made inside it could not be differentiated by
+            self.parameters = {name: p.detach() for name, p in self.model.named_parameters()}
+            self._buffers = {f"model.{name}": b.detach().clone() for name, b in self.model.named_buffers()}
         self._frozen = {f"model.{name}": p for name, p in self.parameters.items()}
         self._module = _LossModule(self.model, loss_fn or next_token_losses)
 
@@ -88,12 +89,20 @@ class Checkpoint:
         `seed` is for the dropout of `train_mode`; the global generators are put back.
         """
         state = {**self._frozen, **{f"model.{name}": tensor for name, tensor in moved.items()}, **buffers}
-        devices = [self.device] if self.device.type != "cpu" else []
-        with torch.random.fork_rng(devices, device_type=self.device.type) if self.train_mode else nullcontext():
+        return self._call(self._module, state, ids, seed).float()
+
+    @torch.no_grad()
+    def logits(self, ids: Tensor) -> Tensor:
+        """Logits at the checkpoint itself, shape (batch, token, vocabulary)."""
+        return self._call(_LossModule(self.model, logits_of), {**self._frozen, **self.buffers()}, ids, 0)
+
+    def _call(self, module: nn.Module, state: Mapping[str, Tensor], ids: Tensor, seed: int | str) -> Tensor:
+        every_gpu = range(torch.cuda.device_count())  # manual_seed reaches all of them
+        with torch.random.fork_rng(every_gpu) if self.train_mode else nullcontext():
             if self.train_mode:
                 torch.manual_seed(stream_seed("dropout", seed) % 2**63)
-            losses: Tensor = functional_call(self._module, state, (ids,))
-        return losses.float()
+            result: Tensor = functional_call(module, dict(state), (ids,))
+        return result
 
     def detached(self) -> dict[str, Tensor]:
         """The parameters as new tensors on the same memory: `requires_grad` set on them leaves the caller's alone."""
@@ -166,7 +175,7 @@ def check_loss(checkpoint: Checkpoint, ids: Tensor, largest_id: int) -> None:
         probe = checkpoint.losses(leaves, ids, checkpoint.buffers(), seed=0)
         differentiable = probe.requires_grad
         probe = probe.detach()
-        again = checkpoint.losses(checkpoint.detached(), ids, checkpoint.buffers(), seed=0).detach()
+        again = checkpoint.losses(leaves, ids, checkpoint.buffers(), seed=0).detach()
     wanted = (ids.shape[0], ids.shape[1] - 1)
     if tuple(probe.shape) != wanted:
         fix = "Return one loss per predicted token (reduction='none')."
@@ -190,8 +199,8 @@ def check_loss(checkpoint: Checkpoint, ids: Tensor, largest_id: int) -> None:
 def _check_vocabulary(checkpoint: Checkpoint, ids: Tensor, largest_id: int) -> None:
     """Ids beyond the vocabulary must not reach a GPU (the assert kills the process), so this forward takes zeros."""
     fix = f"Is it made for sequences of {ids.shape[1]} tokens? Try a smaller max_length, or a loss_fn."
-    with torch.no_grad(), _explained("model", fix):
-        vocabulary = logits_of(checkpoint.model, torch.zeros_like(ids[:1])).shape[-1]
+    with _explained("model", fix):
+        vocabulary = checkpoint.logits(torch.zeros_like(ids[:1])).shape[-1]
     if largest_id >= vocabulary:
         fix = "The dataset was made with another tokenizer than the model's."
         allowed = f"made of token ids below the model's vocabulary of {vocabulary}"
@@ -206,5 +215,6 @@ def _explained(argument: str, fix: str) -> Iterator[None]:
     except DevinterpInputError:
         raise
     except Exception as error:
-        shown = f"{type(error).__name__}: {error}"
-        raise InputValueError(got(argument, shown, "able to process a batch of the dataset", fix)) from error
+        raise InputValueError(
+            f"{argument}: failed on a batch of the dataset with {type(error).__name__}: {error}. {fix}"
+        ) from error

@@ -1,4 +1,7 @@
-"""The physics: one file per algorithm, one shape. A new one is a file here and a line below."""
+"""The physics: one file per algorithm, one shape. A new one is a file here and a line below.
+
+Nothing here imports torch when it runs: the settings, and so `devinterp --help`, stay quick.
+"""
 
 from devinterp.samplers.base import Force, Move, Sampler
 from devinterp.samplers.leimkuhler_matthews import LeimkuhlerMatthews

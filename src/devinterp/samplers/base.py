@@ -9,10 +9,13 @@ where `xi` is standard normal noise of the weights' shape. It never draws noise,
 any slice of the weights, since all operations are elementwise.
 """
 
-from dataclasses import dataclass
-from typing import Any, Protocol
+from __future__ import annotations
 
-from torch import Tensor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,15 @@ a quadratic with posterior precision A the stationary variance is exactly 1/A fo
 1 / (A (1 - lr A/4)). With noise_level != 1 the stationary variance scales with noise_level^2.
 """
 
-from dataclasses import dataclass
+from __future__ import annotations
 
-from torch import Tensor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from devinterp.samplers.base import Force, Move
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)

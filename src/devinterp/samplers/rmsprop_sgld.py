@@ -10,12 +10,15 @@ The drift term of the changing preconditioner (Gamma in Li et al.) is left out, 
 stationary law is not exactly the posterior.
 """
 
-from dataclasses import dataclass, field
+from __future__ import annotations
 
-import torch
-from torch import Tensor
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from devinterp.samplers.base import Force, Move
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -34,8 +37,7 @@ class RMSpropSGLD:
     bias_correction: bool = False
 
     def init(self, weights: Tensor, xi: Tensor) -> RMSpropState:
-        start = torch.ones_like if self.bias_correction else torch.zeros_like
-        return RMSpropState(start(weights), 0)
+        return RMSpropState(weights.new_full(weights.shape, float(self.bias_correction)), 0)
 
     def step(self, force: Force, state: RMSpropState, xi: Tensor) -> tuple[Move, RMSpropState]:
         g, t = force.gradient, state.t + 1

@@ -6,11 +6,15 @@ On a quadratic with posterior precision A the stationary variance is noise_level
 step size, and stable for 0 < lr A < 4.
 """
 
-from dataclasses import dataclass
+from __future__ import annotations
 
-from torch import Tensor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from devinterp.samplers.base import Force, Move
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,12 @@ import shutil
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import xarray as xr
 from torch import Tensor, nn
@@ -26,12 +27,12 @@ from devinterp.engine.placement import record_chain
 from devinterp.engine.progress import Progress
 from devinterp.engine.selection import Selection, check_masks
 from devinterp.engine.settings import Settings, choice, gather_sampler_kwargs
-from devinterp.engine.tokens import check_observables, check_tokens, warn_about_padding
+from devinterp.engine.tokens import Observable, Tokens, check_observables, check_tokens, warn_about_padding
 from devinterp.errors import ChainDiverged, InputTypeError, InputValueError, RunMismatchError, StoreError, got
 from devinterp.store.identity import differences, identity, versions
 from devinterp.store.reader import metadata_of, open_store
-from devinterp.store.schema import COMPLETE, DIVERGED, FAILED, RUNNING, variables
-from devinterp.store.writer import StoreWriter, check_output_path
+from devinterp.store.schema import COMPLETE, DIVERGED, FAILED, RUNNING, Variable, variables
+from devinterp.store.writer import StoreWriter, check_output_path, check_space
 
 logger = logging.getLogger("devinterp")
 
@@ -160,6 +161,7 @@ def sample(
         raise InputTypeError(got("loss_fn", loss_fn, "a function (model, input_ids) -> per-token loss", fix))
     tokens = check_tokens("dataset", dataset, at_least=settings.batch_size)
     checked = check_observables(observables, tokens.length, settings.batch_size, settings.batches_per_draw, settings.obs_seed)
+    check_space(path, *_layout(settings, tokens.length, checked))
     _warn_about_inputs(model, settings, tokens)
 
     checkpoint = Checkpoint(model, loss_fn, checked_device, settings.train_mode)
@@ -187,7 +189,7 @@ def sample(
     return open_store(store.path)
 
 
-def _warn_about_inputs(model: nn.Module, settings: Settings, tokens: Any) -> None:
+def _warn_about_inputs(model: nn.Module, settings: Settings, tokens: Tokens) -> None:
     settings.warn_about()
     wanted = settings.num_init_loss_batches * settings.gradient_accumulation_steps * settings.batch_size
     if tokens.num_rows < wanted:
@@ -195,8 +197,6 @@ def _warn_about_inputs(model: nn.Module, settings: Settings, tokens: Any) -> Non
     config = getattr(model, "config", None)
     pad, eos = getattr(config, "pad_token_id", None), getattr(config, "eos_token_id", None)
     if isinstance(pad, int) and pad != eos:
-        import numpy as np
-
         warn_about_padding(tokens.rows(np.arange(min(tokens.num_rows, 1000))), pad)
     if settings.train_mode and any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules()):
         _warn("train_mode=True: dropout adds noise to every gradient, beyond that of the sampler.")
@@ -224,7 +224,7 @@ def _plain(value: dict[str, Any]) -> dict[str, Any]:
 
 
 def _metadata(
-    settings: Settings, model: nn.Module, observables: Any, fingerprint: dict[str, Any], device: torch.device
+    settings: Settings, model: nn.Module, observables: Sequence[Observable], fingerprint: dict[str, Any], device: torch.device
 ) -> dict[str, Any]:
     """Enough to repeat the run; `config` has the form that devinterp 2.0 wrote."""
     return {
@@ -266,32 +266,37 @@ def _step_size(plan: Plan, known: xr.DataTree | None) -> StepSize:
     return choose_step_size(plan) if plan.settings.lr == "auto" else StepSize(float(plan.settings.lr))
 
 
-def _open_writer(path: Path | None, plan: Plan, metadata: dict[str, Any], known: xr.DataTree | None) -> StoreWriter:
-    settings, tokens = plan.settings, plan.batches.tokens
+def _layout(settings: Settings, length: int, observables: Sequence[Observable]) -> tuple[dict[str, Variable], dict[str, int]]:
+    """The stored variables of a run, and the sizes of their dims."""
     described = variables(
-        [observable.name for observable in plan.observables],
+        [observable.name for observable in observables],
         METRICS if settings.save_metrics else (),
         settings.match_sampling_input_ids_across_chains,
     )
+    sizes = {
+        "chain": settings.num_chains,
+        "draw": settings.num_draws,
+        "step": settings.num_steps,
+        "batch": settings.batch_size * settings.gradient_accumulation_steps,
+        "token": length,
+        "token_pos": length - 1,
+        **{f"batch_{observable.name}": len(observable.ids) for observable in observables},
+    }
+    return described, sizes
+
+
+def _open_writer(path: Path | None, plan: Plan, metadata: dict[str, Any], known: xr.DataTree | None) -> StoreWriter:
+    described, sizes = _layout(plan.settings, plan.batches.tokens.length, plan.observables)
     if known is not None and path is not None:
         return StoreWriter(path, described)
     if path is None:
         folder = tempfile.mkdtemp(prefix="devinterp-")
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
         path = Path(folder) / "run"
-    sizes = {
-        "chain": settings.num_chains,
-        "draw": settings.num_draws,
-        "step": settings.num_steps,
-        "batch": settings.batch_size * settings.gradient_accumulation_steps,
-        "token": tokens.length,
-        "token_pos": tokens.length - 1,
-        **{f"batch_{observable.name}": len(observable.ids) for observable in plan.observables},
-    }
     store = StoreWriter.create(path, described, sizes, metadata)
     for name, start in (("chain", 0), ("draw", 0), ("step", 1), ("token_pos", 0)):
         store.write(name, range(start, start + sizes[name]))
-    store.write("n_beta", settings.n_beta)
+    store.write("n_beta", plan.settings.n_beta)
     for observable in plan.observables:
         store.write(f"input_ids_{observable.name}", observable.ids)
     return store

@@ -17,7 +17,7 @@ from torch import Tensor
 from zarr.codecs import ZstdCodec
 
 from devinterp.errors import InputValueError, got
-from devinterp.store.schema import COMPLETE, Variable, chunks
+from devinterp.store.schema import Variable, chunks
 
 
 def check_output_path(output_path: Any) -> Path | None:
@@ -30,9 +30,12 @@ def check_output_path(output_path: Any) -> Path | None:
         raise InputValueError(got("output_path", output_path, "a local path", "Write locally, then copy the folder."))
     path = Path(output_path).expanduser()
     try:
-        is_other = path.exists() and not path.is_dir()
-    except (OSError, ValueError) as error:
-        raise InputValueError(got("output_path", output_path, "a path of this file system", str(error))) from error
+        os.stat(path.absolute())
+        is_other = not path.is_dir()
+    except FileNotFoundError:
+        is_other = False
+    except (OSError, ValueError) as error:  # too long, a file among the parents, a null byte
+        raise InputValueError(got("output_path", output_path, "a path of this file system", f"{error}.")) from error
     if is_other:
         raise InputValueError(got("output_path", str(path), "a new or a run's directory", "It is a file: choose another."))
     parent = next(folder for folder in path.absolute().parents if folder.exists())
@@ -54,7 +57,6 @@ class StoreWriter:
     ) -> "StoreWriter":
         """Make the whole hierarchy beside `path` and rename it there, so that a store is never half made."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        check_space(path.parent, variables, sizes)
         made = Path(tempfile.mkdtemp(prefix=f".{path.name[:64]}.", dir=path.parent))
         try:
             root = zarr.create_group(made, zarr_format=3, attributes={"metadata": metadata, "completed": 0})
@@ -146,7 +148,9 @@ def stored_bytes(variables: Mapping[str, Variable], sizes: Mapping[str, int]) ->
     )
 
 
-def check_space(folder: Path, variables: Mapping[str, Variable], sizes: Mapping[str, int]) -> None:
+def check_space(path: Path | None, variables: Mapping[str, Variable], sizes: Mapping[str, int]) -> None:
+    """Whether a run of this size fits where it will be written."""
+    folder = Path(tempfile.gettempdir()) if path is None else next(p for p in path.absolute().parents if p.exists())
     needed, free = stored_bytes(variables, sizes), shutil.disk_usage(folder).free
     if needed > free:
         raise OSError(
@@ -161,7 +165,3 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
-
-
-def all_complete(status: list[int]) -> bool:
-    return all(value == COMPLETE for value in status)

@@ -1,0 +1,5 @@
+"""`python -m devinterp`."""
+
+from devinterp.cli import main
+
+main()

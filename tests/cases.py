@@ -1,0 +1,109 @@
+"""Tiny models, losses and datasets."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+
+from devinterp.engine.batches import Batches
+from devinterp.engine.chain import Plan
+from devinterp.engine.checkpoint import Checkpoint
+from devinterp.engine.selection import Selection, check_masks
+from devinterp.engine.settings import Settings
+from devinterp.engine.tokens import check_observables, check_tokens
+
+
+class TinyLM(nn.Module):
+    """Embedding, a tanh layer, output: returns bare logits."""
+
+    def __init__(self, vocabulary: int = 11, hidden: int = 8, seed: int = 0):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.embed = nn.Embedding(vocabulary, hidden)
+            self.mix = nn.Linear(hidden, hidden)
+            self.out = nn.Linear(hidden, vocabulary)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.out(torch.tanh(self.mix(self.embed(ids))))
+
+
+class Weights(nn.Module):
+    """Only a vector w; the loss function does the rest."""
+
+    def __init__(self, start: Tensor):
+        super().__init__()
+        self.w = nn.Parameter(start.clone())
+
+
+class DeepLinear(nn.Module):
+    """Product of matrices at its deepest point: every layer is a padded identity of the given rank.
+
+    Inputs are the rows sqrt(d) e_i, whose second moment is the identity: the full batch has the population loss.
+    """
+
+    def __init__(self, widths: tuple[int, ...], rank: int):
+        super().__init__()
+        layers = [torch.zeros(out, into) for into, out in zip(widths[:-1], widths[1:], strict=True)]
+        for layer in layers:
+            layer[:rank, :rank] = torch.eye(rank)
+        self.layers = nn.ParameterList([nn.Parameter(layer) for layer in layers])
+        self.register_buffer("inputs", widths[0] ** 0.5 * torch.eye(widths[0]))
+        self.register_buffer("targets", self._product(self.inputs).detach().clone())
+
+    def _product(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x @ layer.T
+        return x
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return 0.5 * (self._product(self.inputs[rows]) - self.targets[rows]).square().sum(-1, keepdim=True)
+
+
+def by_row(model: nn.Module, ids: Tensor) -> Tensor:
+    """Loss function of models that take row numbers, given as length-2 `input_ids`."""
+    return model(ids[:, 0])
+
+
+def quadratic(h: float, centre: float = 0.0) -> Any:
+    """Loss sum h/2 (w - centre)^2, the same for every sequence."""
+
+    def loss_fn(model: nn.Module, ids: Tensor) -> Tensor:
+        energy = 0.5 * h * (model.w.float() - centre).square().sum()
+        return energy.expand(ids.shape[0], ids.shape[1] - 1)
+
+    return loss_fn
+
+
+def linear(slope: float) -> Any:
+    """Loss slope * sum w, the same for every sequence."""
+
+    def loss_fn(model: nn.Module, ids: Tensor) -> Tensor:
+        return (slope * model.w.float().sum()).expand(ids.shape[0], ids.shape[1] - 1)
+
+    return loss_fn
+
+
+def rows(count: int) -> Dataset:
+    """Row numbers as length-2 sequences, for losses by row."""
+    return Dataset.from_dict({"input_ids": [[i, 0] for i in range(count)]})
+
+
+def random_tokens(count: int = 64, length: int = 6, vocabulary: int = 11, seed: int = 0) -> Dataset:
+    ids = np.random.default_rng(seed).integers(0, vocabulary, (count, length))
+    return Dataset.from_dict({"input_ids": ids.tolist()})
+
+
+def plan_of(
+    model: nn.Module, dataset: Dataset, loss_fn: Any = None, masks: Any = None, observables: Any = None, **settings: Any
+) -> Plan:
+    """A plan as `sample` makes it, without a store."""
+    chosen = Settings(**({"lr": 1e-3, "n_beta": 1.5, "batch_size": 1} | settings))
+    tokens = check_tokens("dataset", dataset, chosen.batch_size)
+    seen = check_observables(observables or {}, tokens.length, chosen.batch_size, chosen.batches_per_draw, chosen.obs_seed)
+    checkpoint = Checkpoint(model, loss_fn, torch.device("cpu"), chosen.train_mode)
+    selection = Selection.of(checkpoint.parameters, check_masks(model, masks))
+    sampler = chosen.sampler(1.0 if chosen.lr == "auto" else float(chosen.lr))
+    return Plan(chosen, sampler, checkpoint, selection, Batches.of(tokens, chosen), seen)

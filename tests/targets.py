@@ -1,0 +1,91 @@
+"""Closed-form answers, derived here or cited; nothing of the library is used."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+
+def precision(n_beta: float, h: float, localization: float, weight_decay: float = 0.0) -> float:
+    """A = n_beta h + gamma + lambda of the posterior of a quadratic with curvature h."""
+    return n_beta * h + localization + weight_decay
+
+
+def sgld_variance(A: float, lr: float, steps: int | None = None, noise_level: float = 1.0) -> float:
+    """Variance of w after `steps` steps from a point (None: stationary): sigma^2/(A(1 - lr A/4)) (1 - rho^2T)."""
+    rho = 1 - lr * A / 2
+    stationary = noise_level**2 / (A * (1 - lr * A / 4))
+    return stationary if steps is None else stationary * (1 - rho ** (2 * steps))
+
+
+def sgld_mean(A: float, lr: float, steps: int, start: float, centre: float) -> float:
+    """Mean path: mu + rho^T (start - mu)."""
+    return centre + (1 - lr * A / 2) ** steps * (start - centre)
+
+
+def leimkuhler_matthews_variance(A: float, lr: float, steps: int) -> float:
+    """Variance after `steps` >= 1 steps from a point, xi_0 drawn; tends to 1/A for every lr A < 4."""
+    rho = 1 - lr * A / 2
+    settled = (1 - rho ** (2 * (steps - 1))) / (1 - rho**2)
+    return lr / 4 * (rho ** (2 * (steps - 1)) + (1 + rho) ** 2 * settled + 1)
+
+
+def rmsprop_linear_path(
+    c: float, n_beta: float, gamma: float, lr: float, alpha: float, eps: float, steps: int, corrected: bool = False
+) -> tuple[float, float]:
+    """Mean and variance of w - w0 after `steps` steps for the linear loss c w: the preconditioner is deterministic."""
+    v, mean, variance = (1.0 if corrected else 0.0), 0.0, 0.0
+    for t in range(1, steps + 1):
+        v = alpha * v + (1 - alpha) * c * c
+        g = 1 / (math.sqrt(v / (1 - alpha ** (t + 1)) if corrected else v) + eps)
+        r = 1 - lr * g * gamma / 2
+        mean = r * mean - lr / 2 * g * n_beta * c
+        variance = r * r * variance + lr * g
+    return mean, variance
+
+
+def quadratic_llc(h: Sequence[float], n_beta: float, gamma: float, lr: float = 0.0) -> float:
+    """Stationary LLC at the minimum: sum of n_beta h / (2 A (1 - lr A/4)); lr = 0 for samplers without step-size bias."""
+    total = 0.0
+    for curvature in h:
+        A = precision(n_beta, curvature, gamma)
+        total += n_beta * curvature / (2 * A * (1 - lr * A / 4))
+    return total
+
+
+def sgld_llc_moments(
+    h: float, dimension: int, n_beta: float, gamma: float, lr: float, draws_at: Sequence[int]
+) -> tuple[float, float]:
+    """Mean and variance of the LLC of one SGLD chain from the minimum with draws after the given steps.
+
+    w_s and w_t are Gaussian with covariance rho^|s-t| Var(w_min(s,t)), so energies have covariance 2 cov^2.
+    """
+    A = precision(n_beta, h, gamma)
+    rho, at = 1 - lr * A / 2, np.asarray(draws_at)
+    variances = np.array([sgld_variance(A, lr, int(t)) for t in at])
+    covariance = rho ** np.abs(at[:, None] - at[None, :]) * np.minimum(variances[:, None], variances[None, :])
+    mean = dimension * 0.5 * n_beta * h * variances.mean()
+    variance = dimension * (0.5 * n_beta * h) ** 2 * 2 * (covariance**2).mean()
+    return float(mean), float(variance)
+
+
+def deep_linear_llc(widths: Sequence[int], rank: int) -> tuple[float, int]:
+    """Learning coefficient and multiplicity of a deep linear network (Aoyagi 2024, Neural Networks 172:106132)."""
+    surplus = sorted(width - rank for width in widths)
+    for count in range(2, len(surplus) + 1):
+        inside, outside = surplus[:count], surplus[count:]
+        ell, total = count - 1, sum(inside)
+        if outside and not (max(inside) < min(outside) and total < ell * min(outside)):
+            continue
+        if total < ell * max(inside):
+            continue
+        a = total - (math.ceil(total / ell) - 1) * ell
+        pairs = sum(inside[i] * inside[j] for i in range(count) for j in range(i + 1, count))
+        value = (
+            0.5 * (-(rank**2) + rank * (widths[0] + widths[-1]))
+            + a * (ell - a) / (4 * ell)
+            - ell * (ell - 1) / 4 * (total / ell) ** 2
+            + 0.5 * pairs
+        )
+        return value, a * (ell - a) + 1
+    raise AssertionError("no subset fulfils the conditions")
