@@ -11,6 +11,7 @@ import warnings
 from dataclasses import dataclass, replace
 
 import torch
+from scipy.linalg import eigvalsh_tridiagonal
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -23,9 +24,9 @@ from devinterp.errors import DevinterpError, InputValueError
 
 logger = logging.getLogger(__name__)
 
-POWER_ITERATIONS = 8
-CONVERGED = 0.1
-"""Relative change of the eigenvalue at which the power iteration stops"""
+ITERATIONS = 10
+CONVERGED = 0.03
+"""Relative change of the eigenvalue at which the iteration stops"""
 TOKENS = 2048
 """of the sampling stream, on which the curvature is measured; at least 8 sequences, at most 128"""
 PILOT_CHAINS = 4
@@ -52,8 +53,7 @@ def choose_step_size(plan: Plan) -> StepSize:
     """
     settings, posterior = plan.settings, Posterior.of(plan.settings)
     batches = curvature_batches(plan)
-    weights = plan.selection.initial()
-    at_checkpoint, stiffest = largest_eigenvalue(plan, weights, batches, random_direction(plan, weights))
+    at_checkpoint = largest_eigenvalue(plan, plan.selection.initial(), batches)
     precision = posterior.n_beta * at_checkpoint + posterior.prior_precision
     if not precision > 0:
         raise InputValueError(
@@ -63,9 +63,8 @@ def choose_step_size(plan: Plan) -> StepSize:
     steps = max(100, settings.num_burnin_steps)
     if posterior.prior_precision > 0:
         steps = max(20, min(steps, math.ceil(4 * precision / posterior.prior_precision)))
-    # the stiffest direction at the checkpoint is a good start where the chain has gone
     ends = (pilot(plan, chain, 0.5 / precision, steps) for chain in range(PILOT_CHAINS))
-    after_pilot = max(largest_eigenvalue(plan, end, batches, stiffest)[0] for end in ends)
+    after_pilot = max(largest_eigenvalue(plan, end, batches) for end in ends)
     precision = posterior.n_beta * max(at_checkpoint, after_pilot) + posterior.prior_precision
     lr = SHARE_OF_STABLE[settings.sampling_method] / precision
     logger.info("lr='auto': %.3g, from h_max %.3g at the checkpoint and %.3g after a pilot of %d steps",
@@ -95,10 +94,10 @@ def warn_if_unstable(plan: Plan) -> None:
     """A given lr is compared with the curvature on a few sequences; the figure is a lower bound, so a warning is certain."""
     if plan.settings.sampling_method == "rmsprop_sgld" or not plan.settings.n_beta:
         return
-    posterior, weights = Posterior.of(plan.settings), plan.selection.initial()
+    posterior = Posterior.of(plan.settings)
     ids = plan.batches.micro(0, 0)[:8]
     try:
-        h, _ = largest_eigenvalue(plan, weights, [ids], random_direction(plan, weights), iterations=4)
+        h = largest_eigenvalue(plan, plan.selection.initial(), [ids], iterations=4)
     except (RuntimeError, NotImplementedError) as error:  # an operator without a second derivative
         logger.info("the stability of lr was not checked: %s", error)
         return
@@ -120,33 +119,34 @@ def curvature_batches(plan: Plan) -> list[Ids]:
     return [plan.batches.micro(0, number)[:wanted] for number in range(count)]
 
 
-def random_direction(plan: Plan, weights: Tensor) -> Tensor:
-    rng = noise_generator(weights.device, plan.settings.init_seed, "curvature")
-    return torch.randn(weights.shape, generator=rng, dtype=weights.dtype, device=weights.device)
+def largest_eigenvalue(plan: Plan, weights: Tensor, batches: list[Ids], iterations: int = ITERATIONS) -> float:
+    """Largest (not largest absolute) Hessian eigenvalue of the mean loss; 0 where nothing curves upwards.
 
-
-def largest_eigenvalue(
-    plan: Plan, weights: Tensor, batches: list[Ids], start: Tensor, iterations: int = POWER_ITERATIONS
-) -> tuple[float, Tensor]:
-    """Largest (not largest absolute) Hessian eigenvalue of the mean loss and its direction, by power iteration.
-
-    When the dominant eigenvalue is negative, the iteration goes on with the Hessian shifted by it. A loss without positive
-    curvature gives 0.
+    Lanczos iteration from a random direction, the three-term recurrence alone: one Hessian-vector product a step and three
+    vectors in memory, like power iteration, but the largest eigenvalue of the tridiagonal matrix is a better lower bound
+    after every step, and a dominant negative eigenvalue does not get in the way.
     """
-    shift, vector = 0.0, start
-    for _ in range(2):
-        vector, eigenvalue = start, 0.0
-        for _ in range(iterations):
-            vector = vector / vector.norm()
-            image = hessian_vector_product(plan, weights, vector, batches).sub_(vector, alpha=shift)
-            before, eigenvalue = eigenvalue, torch.dot(vector, image).item()
-            if not image.any() or abs(eigenvalue - before) < CONVERGED * abs(eigenvalue):
-                break
-            vector = image
-        if eigenvalue >= 0:
+    rng = noise_generator(weights.device, plan.settings.init_seed, "curvature")
+    before = torch.zeros_like(weights)
+    vector = torch.randn(weights.shape, generator=rng, dtype=weights.dtype, device=weights.device)
+    vector /= vector.norm()
+    diagonal: list[float] = []
+    beside: list[float] = []
+    found = 0.0
+    for _ in range(min(iterations, len(weights))):
+        image = hessian_vector_product(plan, weights, vector, batches)
+        if beside:
+            image -= beside[-1] * before
+        diagonal.append(torch.dot(vector, image).item())
+        image -= diagonal[-1] * vector
+        last, found = found, float(eigvalsh_tridiagonal(diagonal, beside)[-1])
+        length = image.norm().item()
+        scale = max(map(abs, (*diagonal, *beside)))
+        if length <= 1e-5 * scale or (len(diagonal) > 2 and abs(found - last) < CONVERGED * abs(found)):
             break
-        shift = eigenvalue
-    return max(0.0, eigenvalue + shift), vector
+        beside.append(length)
+        before, vector = vector, image / length
+    return max(0.0, found)
 
 
 def hessian_vector_product(plan: Plan, weights: Tensor, vector: Tensor, batches: list[Ids]) -> Tensor:

@@ -77,7 +77,9 @@ def compute_llc(samples: xr.DataTree | xr.Dataset | str | os.PathLike[str], *, o
     kept, dropped = _usable_chains(ds, on_diverged)
     ds = ds.isel(chain=kept)
     loss_trace = mean_per_draw(ds["sampling_loss"])
-    excess = loss_trace - (mean_per_draw(ds["baseline_loss"]) if "baseline_loss" in ds else ds["init_loss"].mean("token_pos"))
+    excess = loss_trace - (
+        mean_per_draw(ds["baseline_loss"]) if "baseline_loss" in ds else ds["init_loss"].mean("token_pos", dtype=np.float64)
+    )
     excess = excess.transpose("chain", "draw")
     if not np.isfinite(excess).all():
         raise ChainsUnusable("the samples hold losses that are not finite. Look at sampling_loss; drop those chains.")

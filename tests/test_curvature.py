@@ -1,0 +1,107 @@
+"""The largest Hessian eigenvalue, and the step size that is chosen from it."""
+
+import pytest
+import torch
+from cases import TinyLM, Weights, plan_of, quadratic, random_tokens, rows
+
+import devinterp
+from devinterp.engine.curvature import choose_step_size, hessian_vector_product, largest_eigenvalue
+
+
+def matrix_loss(matrix):
+    return lambda model, ids: (0.5 * model.w @ matrix @ model.w).expand(len(ids), 1)
+
+
+def top(plan, **options) -> float:
+    return largest_eigenvalue(plan, plan.selection.initial(), [plan.batches.micro(0, 0)], **options)
+
+
+def test_hessian_vector_product_against_the_dense_hessian():
+    model, data = TinyLM(), random_tokens()
+    mask = torch.zeros(8, 8, dtype=torch.bool)
+    mask[1:4, ::2] = True
+    plan = plan_of(model, data, masks={"mix.weight": mask, "out.bias": None}, batch_size=4)
+    batches = [plan.batches.micro(0, k) for k in range(2)]
+    weights = plan.selection.initial()
+
+    def mean_loss(flat):
+        bias, matrix = flat[mask.sum() :], model.mix.weight.detach().clone()
+        matrix = matrix.index_put(torch.where(mask), flat[: mask.sum()])
+        total = 0.0
+        for ids in map(torch.as_tensor, batches):
+            logits = torch.func.functional_call(model, {"mix.weight": matrix, "out.bias": bias}, (ids,))[:, :-1]
+            total = total + torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:]) / 2
+        return total
+
+    hessian = torch.autograd.functional.hessian(mean_loss, weights)
+    vector = torch.randn(len(weights), generator=torch.Generator().manual_seed(1))
+    with plan.checkpoint.ready():
+        product = hessian_vector_product(plan, weights, vector, batches)
+    torch.testing.assert_close(product, hessian @ vector, rtol=1e-4, atol=1e-6)
+
+
+def test_largest_eigenvalue_is_the_largest_not_the_largest_absolute():
+    generator = torch.Generator().manual_seed(0)
+    basis, _ = torch.linalg.qr(torch.randn(20, 20, generator=generator))
+    for eigenvalues, expected in (
+        ([5.0, 2.0] + [0.1] * 18, 5.0),
+        ([-9.0, 3.0] + [0.1] * 18, 3.0),
+        ([-9.0] + [-0.5] * 19, 0.0),
+        ([0.0] * 20, 0.0),
+    ):
+        matrix = basis @ torch.diag(torch.tensor(eigenvalues)) @ basis.T
+        plan = plan_of(Weights(torch.zeros(20)), rows(4), matrix_loss(matrix))
+        assert top(plan) == pytest.approx(expected, rel=0.05, abs=1e-4)
+
+
+@pytest.mark.parametrize(("method", "share"), [("leimkuhler_matthews", 1.0), ("sgmcmc_sgld", 0.25)])
+def test_auto_on_a_quadratic_is_the_formula(method, share):
+    samples = devinterp.sample(
+        Weights(torch.zeros(30)), rows(8), {}, loss_fn=quadratic(7.0), lr="auto", n_beta=10.0, localization=5.0,
+        llc_weight_decay=2.0, sampling_method=method, num_draws=2, num_chains=1, batch_size=4, num_init_loss_batches=1,
+        progress=False,
+    )  # fmt: skip
+    step_size = samples.attrs["metadata"]["step_size"]
+    assert step_size["lr"] == pytest.approx(share / (10 * 7 + 5 + 2), rel=1e-3)
+    assert step_size["h_max_checkpoint"] == pytest.approx(7.0, rel=1e-3)
+    assert step_size["h_max_pilot"] == pytest.approx(7.0, rel=1e-3)
+
+
+def test_auto_sees_curvature_that_grows_away_from_the_checkpoint():
+    """w^4 is flat at 0: only the pilot sees the curvature 12 w^2 where the chain lives."""
+    loss = lambda model, ids: model.w.pow(4).sum().expand(len(ids), 1)  # noqa: E731
+    plan = plan_of(Weights(torch.zeros(50)), rows(4), loss, lr="auto", n_beta=1000.0, localization=1.0,
+                   sampling_method="leimkuhler_matthews")  # fmt: skip
+    with plan.checkpoint.ready():
+        step_size = choose_step_size(plan)
+    assert step_size.h_max_checkpoint == 0.0
+    assert step_size.h_max_pilot > 0.5
+    assert step_size.lr < 1 / 500
+
+
+def test_auto_depends_on_neither_the_number_of_chains_nor_of_draws():
+    chosen = {"lr": "auto", "n_beta": 10.0, "localization": 5.0, "batch_size": 4, "sampling_method": "leimkuhler_matthews"}
+    found = set()
+    for more in ({"num_chains": 1, "num_draws": 2}, {"num_chains": 7, "num_draws": 500}):
+        plan = plan_of(TinyLM(), random_tokens(), **chosen, **more)
+        with plan.checkpoint.ready():
+            found.add(choose_step_size(plan))
+    assert len(found) == 1
+
+
+def test_auto_without_curvature_and_prior_is_refused():
+    flat = lambda model, ids: (3.0 * model.w.sum()).expand(len(ids), 1)  # noqa: E731
+    with pytest.raises(ValueError, match="no positive curvature"):
+        devinterp.sample(Weights(torch.zeros(3)), rows(8), {}, loss_fn=flat, lr="auto", n_beta=10.0, batch_size=4,
+                         num_init_loss_batches=1, sampling_method="leimkuhler_matthews")  # fmt: skip
+
+
+def test_attention_kernels_without_a_second_derivative_are_avoided():
+    class Attention(TinyLM):
+        def forward(self, ids):
+            x = self.embed(ids)[:, None]
+            return self.out(torch.nn.functional.scaled_dot_product_attention(self.mix(x), x, x, is_causal=True)[:, 0])
+
+    plan = plan_of(Attention(), random_tokens(), batch_size=4)
+    with plan.checkpoint.ready():
+        assert top(plan) > 0
