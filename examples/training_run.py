@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import torch
+import transformers
 from datasets import Dataset, concatenate_datasets
 from tokenizers import ByteLevelBPETokenizer
 from tqdm import tqdm
@@ -23,7 +24,7 @@ import devinterp
 from devinterp.pictures.training import plot_llc_over_training
 
 CONTEXT, VOCABULARY, BATCH = 64, 1024, 16
-CHECKPOINTS = (0, 8, 28, 97, 185, 342, 640, 1200)
+CHECKPOINTS = (0, 8, 28, 97, 342, 640, 1200)
 SAMPLING = {
     "sampling_method": "leimkuhler_matthews",
     "lr": "auto",
@@ -34,7 +35,7 @@ SAMPLING = {
     "num_draws": 50,
     "num_burnin_steps": 25,
     "num_init_loss_batches": 8,
-    "batches_per_draw": 2,
+    "batches_per_draw": 1,
 }
 
 
@@ -83,7 +84,7 @@ def train(dataset: Dataset, tokenizer: PreTrainedTokenizerFast, checkpoints: lis
     model = GPTNeoXForCausalLM(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
     tokens = torch.as_tensor(dataset.with_format("numpy")[:]["input_ids"])
-    for step in tqdm(range(checkpoints[-1] + 1), desc="training"):
+    for step in tqdm(range(checkpoints[-1] + 1), desc="training", disable=None):
         if step in checkpoints:
             model.save_pretrained(folder / f"step-{step:06d}")
             tokenizer.save_pretrained(folder / f"step-{step:06d}")
@@ -148,7 +149,8 @@ def run(folder: Path, checkpoints: tuple[int, ...] = CHECKPOINTS, characters: in
         "bars: two standard errors",
     )
     figure.savefig(folder / "llc_over_training.png", dpi=130)
-    print(f"\npicture: {folder / 'llc_over_training.png'}\nstores:  {folder / 'runs'} (try: devinterp show {folder}/runs/...)")
+    print(f"\npicture: {folder / 'llc_over_training.png'}")
+    print(f"stores:  {folder / 'runs'} (look into one with: devinterp show {folder / 'runs' / name})")
     print("LLCs depend on the sampler's settings, localization above all: compare them at one setting only, as here.")
     print(f"{trained - started:.0f} s for text and training, {time.monotonic() - trained:.0f} s for the LLCs")
     return rows
@@ -156,12 +158,11 @@ def run(folder: Path, checkpoints: tuple[int, ...] = CHECKPOINTS, characters: in
 
 def print_row(row: dict, header: bool) -> None:
     if header:
-        print(
-            f"\n{'step':>6} {'loss code':>10} {'prose':>6} {'LLC':>7} {'± sem':>6} {'code':>7} {'prose':>7} {'R-hat':>6} {'ESS':>5} {'lr':>8}"
-        )
+        print("\n  step  loss code  prose     LLC  ± sem    code   prose   R-hat   ESS        lr")
     print(
         f"{row['step']:>6} {row['loss code']:>10.2f} {row['loss prose']:>6.2f} {row['llc']:>7.2f} {row['sem']:>6.2f} "
-        f"{row['llc code']:>7.2f} {row['llc prose']:>7.2f} {row['rhat']:>6.3f} {row['ess']:>5.0f} {row['lr']:>8.1e}"
+        f"{row['llc code']:>7.2f} {row['llc prose']:>7.2f} {row['rhat']:>7.3f} {row['ess']:>5.0f} {row['lr']:>9.1e}",
+        flush=True,
     )
 
 
@@ -170,4 +171,6 @@ if __name__ == "__main__":
     parser.add_argument("--output", type=Path, default=Path("demo_output"), help="folder for checkpoints, stores, picture")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("devinterp").setLevel(logging.INFO)
+    transformers.utils.logging.disable_progress_bar()
     run(arguments.output)

@@ -6,6 +6,7 @@ Exit codes: 0 done; 1 the run or the estimate failed (a chain diverged, a store 
 
 import inspect
 import logging
+import os
 import sys
 import tomllib
 import warnings
@@ -173,7 +174,10 @@ def _observables(given: list[str]) -> dict[str, str]:
 
 def _load_model(model: str, revision: str | None) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
 
+    if not sys.stderr.isatty():
+        disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, revision=revision)
         return AutoModelForCausalLM.from_pretrained(model, revision=revision), tokenizer
@@ -266,6 +270,9 @@ def main() -> None:
     for name in ("httpx", "transformers", "datasets"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.showwarning = _show_warning
+    if not sys.stderr.isatty():  # bars are for terminals
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     try:
         app(standalone_mode=False)
     except typer.Exit as exit_:

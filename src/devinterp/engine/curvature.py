@@ -10,6 +10,7 @@ import math
 import warnings
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from scipy.linalg import eigvalsh_tridiagonal
 from torch import Tensor
@@ -19,6 +20,7 @@ from devinterp.engine.chain import Plan, Walker, is_finite
 from devinterp.engine.posterior import Posterior
 from devinterp.engine.seeds import noise_generator
 from devinterp.engine.selection import Selection
+from devinterp.engine.settings import Settings
 from devinterp.engine.tokens import Ids
 from devinterp.errors import DevinterpError, InputValueError
 
@@ -30,6 +32,7 @@ CONVERGED = 0.03
 TOKENS = 2048
 """of the sampling stream, on which the curvature is measured; at least 8 sequences, at most 128"""
 PILOT_CHAINS = 4
+PILOT_ATTEMPTS = 12
 SHARE_OF_STABLE = {"leimkuhler_matthews": 1.0, "sgmcmc_sgld": 0.25}
 """lr A chosen by `lr="auto"`; SGLD takes a quarter, which leaves a bias of 1/16 along the stiffest direction"""
 
@@ -47,9 +50,8 @@ class StepSize:
 def choose_step_size(plan: Plan) -> StepSize:
     """lr = share / (n_beta h_max + localization + weight_decay), h_max the largest at the checkpoint and after a pilot.
 
-    The pilot runs chains of its own at half the rate that the checkpoint suggests, with `min(4 A / prior, burn-in)` steps
-    (at least 100): until the flattest direction has relaxed, as far as the run's own burn-in would let it. Nothing of it
-    depends on `num_chains` or `num_draws`, so a run can be extended.
+    The pilot runs chains of its own at half the rate that the checkpoint suggests, or slower where that turns out unstable.
+    Nothing of it depends on `num_chains` or `num_draws`, so a run can be extended.
     """
     settings, posterior = plan.settings, Posterior.of(plan.settings)
     batches = curvature_batches(plan)
@@ -60,34 +62,51 @@ def choose_step_size(plan: Plan) -> StepSize:
             f"lr='auto': the loss has no positive curvature at the checkpoint (h_max={at_checkpoint:.3g}) and there is no "
             "prior, so every step is stable and none is right. Give lr, or a localization > 0."
         )
-    steps = max(100, settings.num_burnin_steps)
-    if posterior.prior_precision > 0:
-        steps = max(20, min(steps, math.ceil(4 * precision / posterior.prior_precision)))
-    ends = (pilot(plan, chain, 0.5 / precision, steps) for chain in range(PILOT_CHAINS))
-    after_pilot = max(largest_eigenvalue(plan, end, batches) for end in ends)
+    lr, after_pilot, steps = 0.5 / precision, 0.0, 0
+    for chain in range(PILOT_CHAINS):
+        h, lr, steps = pilot(plan, chain, lr, batches)
+        after_pilot = max(after_pilot, h)
     precision = posterior.n_beta * max(at_checkpoint, after_pilot) + posterior.prior_precision
-    lr = SHARE_OF_STABLE[settings.sampling_method] / precision
-    logger.info("lr='auto': %.3g, from h_max %.3g at the checkpoint and %.3g after a pilot of %d steps",
-                lr, at_checkpoint, after_pilot, steps)  # fmt: skip
-    return StepSize(lr, at_checkpoint, after_pilot, steps)
+    chosen = SHARE_OF_STABLE[settings.sampling_method] / precision
+    logger.info(
+        "lr='auto': %.3g, from h_max %.3g at the checkpoint and %.3g after a pilot of %d steps",
+        chosen, at_checkpoint, after_pilot, steps,
+    )  # fmt: skip
+    return StepSize(chosen, at_checkpoint, after_pilot, steps)
 
 
-def pilot(plan: Plan, chain: int, lr: float, steps: int) -> Tensor:
-    """Where a chain of its own ends after `steps` steps; slower where it would leave the finite range."""
-    for _ in range(4):
+def pilot(plan: Plan, chain: int, lr: float, batches: list[Ids]) -> tuple[float, float, int]:
+    """Largest curvature where a chain of its own ends, the lr that got it there, and its number of steps.
+
+    From a flat checkpoint the first lr throws the chain out of the region in which it is stable: then again from the
+    checkpoint, four times slower.
+    """
+    posterior = Posterior.of(plan.settings)
+    for _ in range(PILOT_ATTEMPTS):
+        steps = pilot_steps(plan.settings, lr)
         walker = Walker(replace(plan, sampler=plan.settings.sampler(lr), purpose="pilot"), chain)
-        for t in range(steps):
-            if not is_finite(walker.differentiate(t)):
-                break
-            walker.step()
-        else:
-            if torch.isfinite(walker.weights).all():
-                return walker.weights
+        if all(_steps(walker, t) for t in range(steps)):
+            h = largest_eigenvalue(plan, walker.weights, batches)
+            if lr * (posterior.n_beta * h + posterior.prior_precision) < 4:
+                return h, lr, steps
         lr /= 4
     raise DevinterpError(
-        f"lr='auto': the pilot left the finite range even with lr={lr:.3g}. The loss grows too fast around this "
-        "checkpoint: try a larger localization, or a bounding_box_size."
+        f"lr='auto': the pilot was unstable even with lr={lr * 4:.3g}. The loss grows too fast around this checkpoint: try a "
+        "larger localization, or a bounding_box_size."
     )
+
+
+def pilot_steps(settings: Settings, lr: float) -> int:
+    """Until the flattest direction has relaxed (two relaxation times of 2 / (lr prior)), as far as the burn-in would go."""
+    prior, burn_in = Posterior.of(settings).prior_precision, max(100, settings.num_burnin_steps)
+    return max(20, min(burn_in, math.ceil(4 / (2 * lr * prior)))) if prior > 0 else burn_in
+
+
+def _steps(walker: Walker, t: int) -> bool:
+    """One step; False where the loss is no longer finite."""
+    finite = is_finite(walker.differentiate(t))
+    walker.step()
+    return finite
 
 
 def warn_if_unstable(plan: Plan) -> None:
@@ -112,11 +131,13 @@ def warn_if_unstable(plan: Plan) -> None:
 
 
 def curvature_batches(plan: Plan) -> list[Ids]:
-    """The first sequences of the sampling stream, at most one epoch of them, in micro-batches."""
+    """The first sequences of the sampling stream, at most one epoch, at most `TOKENS` tokens at once where that is possible."""
     size, tokens = plan.settings.batch_size, plan.batches.tokens
     wanted = max(8, min(128, TOKENS // tokens.length))
     count = min(math.ceil(wanted / size), tokens.num_rows // size)
-    return [plan.batches.micro(0, number)[:wanted] for number in range(count)]
+    ids = np.concatenate([plan.batches.micro(0, number) for number in range(count)])[:wanted]
+    at_once = max(1, TOKENS // tokens.length)
+    return [ids[start : start + at_once] for start in range(0, len(ids), at_once)]
 
 
 def largest_eigenvalue(plan: Plan, weights: Tensor, batches: list[Ids], iterations: int = ITERATIONS) -> float:
@@ -139,6 +160,8 @@ def largest_eigenvalue(plan: Plan, weights: Tensor, batches: list[Ids], iteratio
             image -= beside[-1] * before
         diagonal.append(torch.dot(vector, image).item())
         image -= diagonal[-1] * vector
+        if not math.isfinite(diagonal[-1]):
+            return math.inf
         last, found = found, float(eigvalsh_tridiagonal(diagonal, beside)[-1])
         length = image.norm().item()
         scale = max(map(abs, (*diagonal, *beside)))
@@ -159,14 +182,14 @@ def hessian_vector_product(plan: Plan, weights: Tensor, vector: Tensor, batches:
     with sdpa_kernel(SDPBackend.MATH):
         for ids in batches:
             losses = checkpoint.losses(selection.place(leaves), checkpoint.ids(ids), checkpoint.buffers())
-            gradients = torch.autograd.grad(losses.mean(), leaves, create_graph=True, materialize_grads=True)
+            gradients = torch.autograd.grad(losses.mean() * len(ids), leaves, create_graph=True, materialize_grads=True)
             slope = torch.stack([(g * v).sum() for g, v in zip(gradients, directions, strict=True)]).sum()
             if not slope.requires_grad:
                 continue  # a loss linear in the weights
             images = torch.autograd.grad(slope, leaves, materialize_grads=True)
             for part, image in zip(_pieces(selection, product), images, strict=True):
                 part += image.detach()
-    return product / len(batches)
+    return product / sum(map(len, batches))
 
 
 def _pieces(selection: Selection, flat: Tensor) -> list[Tensor]:

@@ -1,0 +1,155 @@
+"""The command line as a user runs it: real processes, a real model directory, real text."""
+
+import json
+import logging
+import subprocess
+import sys
+import warnings
+from dataclasses import dataclass
+
+import pytest
+import torch
+from datasets import Dataset
+from tokenizers import ByteLevelBPETokenizer
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
+
+import devinterp
+from devinterp.cli import main
+from devinterp.errors import StoreError
+
+TEXT = "".join(f"The {i}th line of a text that nobody will read, with {i * i} words.\n" for i in range(400))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("cli")
+    (path / "text.txt").write_text(TEXT)
+    (path / "text.jsonl").write_text("\n".join(json.dumps({"text": line, "n": 1}) for line in TEXT.split("\n")))
+    Dataset.from_dict({"body": TEXT.split("\n")}).to_parquet(path / "text.parquet")
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator([TEXT], vocab_size=300, special_tokens=["<|end|>"], show_progress=False)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, bos_token="<|end|>", eos_token="<|end|>")
+    tokenizer.save_pretrained(path / "model")
+    torch.manual_seed(0)
+    config = GPTNeoXConfig(vocab_size=300, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+                           max_position_embeddings=32)  # fmt: skip
+    GPTNeoXForCausalLM(config).save_pretrained(path / "model")
+    return path
+
+
+@dataclass
+class Done:
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def cli(folder, monkeypatch, capsys):
+    """Runs `devinterp ...` in the folder, in this process."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr("warnings.showwarning", warnings.showwarning)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+    def call(*arguments) -> Done:
+        monkeypatch.setattr(sys, "argv", ["devinterp", *map(str, arguments)])
+        monkeypatch.setattr(logging.getLogger(), "handlers", [])
+        capsys.readouterr()
+        try:
+            main()
+            code = 0
+        except SystemExit as exit_:
+            code = exit_.code
+        return Done(code, *capsys.readouterr())
+
+    return call
+
+
+QUICK = ("--context", "16", "--batch-size", "4", "--num-draws", "10", "--num-chains", "2", "--num-burnin-steps", "2",
+         "--num-init-loss-batches", "1")  # fmt: skip
+
+
+def test_llc_then_show(folder, cli):
+    done = cli("llc", "model", "--data", "text.txt", "--observable", "lines=text.jsonl", *QUICK)
+    assert done.returncode == 0, done.stderr
+    assert "LLC " in done.stdout
+    assert "± " in done.stdout
+    assert "on lines" in done.stdout
+    assert "saved in llc-model" in done.stdout
+    assert "leimkuhler_matthews, lr " in done.stdout
+    assert "localization 300" in done.stdout
+    assert "lr='auto'" in done.stderr
+    again = cli("llc", "model", "--data", "text.txt", "--observable", "lines=text.jsonl", *QUICK)
+    assert "nothing to compute" in again.stderr
+    shown = cli("show", "llc-model")
+    assert shown.returncode == 0, shown.stderr
+    line = next(line for line in done.stdout.split("\n") if line.startswith("LLC"))
+    assert line in shown.stdout
+    assert "0: complete, 12 of 12 steps written" in shown.stdout
+    assert "GPTNeoXForCausalLM" in shown.stdout
+    result = devinterp.compute_llc(folder / "llc-model")
+    assert f"{float(result.llc_mean):.3f} ± {float(result.llc_sem):.3f}" in line
+
+
+def test_settings_come_from_the_file_and_options_win(folder, cli):
+    (folder / "run.toml").write_text('lr = 1e-4\nn_beta = 7.0\nsampling_method = "rmsprop_sgld"\nlocalization = 1.0\n'
+                                     "[sampling_method_kwargs]\neps = 0.2\n")  # fmt: skip
+    done = cli("llc", "model", "--data", "text.parquet", "--column", "body", "--config", "run.toml",
+                         "--n-beta", "9", "--output", "from_file", "--no-shuffle", *QUICK)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    from devinterp.store.reader import open_store
+
+    stored = open_store(folder / "from_file").attrs["metadata"]["config"]["sampler"]
+    assert stored["n_beta"] == 9.0
+    assert stored["lr"] == 1e-4
+    assert stored["sampling_method_kwargs"] == {"eps": 0.2}
+    assert stored["shuffle"] is False
+
+
+WRONG = [
+    (("llc", "nowhere", "--data", "text.txt"), "MODEL='nowhere'"),
+    (("llc", "model", "--data", "missing.txt"), "no such file"),
+    (("llc", "model", "--data", "text.txt", "--lr", "-1"), "lr=-1.0: must be a finite number > 0"),
+    (("llc", "model", "--data", "text.txt", "--lr", "slow"), "--lr='slow'"),
+    (("llc", "model", "--data", "text.txt", "--num-chains", "0"), "num_chains=0"),
+    (("llc", "model", "--data", "text.txt", "--num-chains", "many"), "num-chains"),
+    (("llc", "model", "--data", "text.txt", "--observable", "code"), "NAME=DATA"),
+    (("llc", "model", "--data", "text.txt", "--config", "none.toml"), "--config='none.toml'"),
+    (("llc", "model", "--data", "text.jsonl", "--column", "body"), "column_name='body'"),
+    (("llc", "model", "--data", "text.txt", "--context", "100000"), "too little text"),
+    (("llc", "model"), "--data"),
+    (("llcc",), "llcc"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), WRONG, ids=[w[1][:20] for w in WRONG])
+def test_errors_are_one_message_and_exit_code_2(cli, arguments, message):
+    done = cli(*arguments)
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.strip().split("\n")) <= 4, done.stderr
+
+
+def test_failures_have_exit_code_1_and_debug_shows_where(cli):
+    done = cli("show", "text.txt")
+    assert done.returncode == 1
+    assert "is not a store" in done.stderr
+    assert "Traceback" not in done.stderr
+    with pytest.raises(StoreError):
+        cli("--debug", "show", "text.txt")
+
+
+def test_as_a_module_in_a_process_of_its_own(folder):
+    done = subprocess.run([sys.executable, "-m", "devinterp", "show", "nowhere"], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: nowhere is not a store")
+
+
+def test_help_is_quick_and_complete():
+    code = "import sys; sys.argv = ['devinterp', 'llc', '--help']; from devinterp.cli import main\ntry: main()\nexcept SystemExit: pass"
+    code += "\nassert not {'torch', 'xarray', 'transformers', 'datasets'} & set(sys.modules), 'slow imports'"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    for option in ("--localization", "--num-chains", "--save-metrics", "--lr"):
+        assert option in done.stdout
