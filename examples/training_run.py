@@ -13,6 +13,7 @@ import sysconfig
 import time
 from pathlib import Path
 
+import datasets
 import torch
 import transformers
 from datasets import Dataset, concatenate_datasets
@@ -173,4 +174,5 @@ if __name__ == "__main__":
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("devinterp").setLevel(logging.INFO)
     transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
     run(arguments.output)

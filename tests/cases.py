@@ -1,5 +1,6 @@
 """Tiny models, losses and datasets."""
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -46,7 +47,7 @@ class DeepLinear(nn.Module):
 
     def __init__(self, widths: tuple[int, ...], rank: int):
         super().__init__()
-        layers = [torch.zeros(out, into) for into, out in zip(widths[:-1], widths[1:], strict=True)]
+        layers = [torch.zeros(out, into) for into, out in itertools.pairwise(widths)]
         for layer in layers:
             layer[:rank, :rank] = torch.eye(rank)
         self.layers = nn.ParameterList([nn.Parameter(layer) for layer in layers])

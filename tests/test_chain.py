@@ -67,7 +67,7 @@ def test_batches_visit_every_row_once_an_epoch_and_drop_the_last_incomplete_one(
     plan = plan_of(Weights(torch.zeros(1)), rows(10), row_number, batch_size=3)
     seen = [plan.batches.micro(0, k)[:, 0].tolist() for k in range(9)]
     for epoch in range(3):
-        rows_seen = sum(seen[3 * epoch : 3 * epoch + 3], [])
+        rows_seen = [row for batch in seen[3 * epoch : 3 * epoch + 3] for row in batch]
         assert len(set(rows_seen)) == 9
     assert seen[:3] != seen[3:6], "epochs are reshuffled"
     unshuffled = plan_of(Weights(torch.zeros(1)), rows(10), row_number, batch_size=3, shuffle=False)
@@ -88,7 +88,7 @@ def test_accumulation_of_2_times_4_equals_a_batch_of_8(tiny, tokens):
             gradient_accumulation_steps=8 // size,
             num_init_loss_batches=4,
             progress=False,
-        )  # fmt: skip
+        )
         for size in (8, 4)
     ]
     for name in ("sampling_loss", "baseline_loss", "step_loss", "init_loss"):

@@ -147,7 +147,8 @@ def test_as_a_module_in_a_process_of_its_own(folder):
 
 
 def test_help_is_quick_and_complete():
-    code = "import sys; sys.argv = ['devinterp', 'llc', '--help']; from devinterp.cli import main\ntry: main()\nexcept SystemExit: pass"
+    code = "import sys; sys.argv = ['devinterp', 'llc', '--help']; from devinterp.cli import main"
+    code += "\ntry: main()\nexcept SystemExit: pass"
     code += "\nassert not {'torch', 'xarray', 'transformers', 'datasets'} & set(sys.modules), 'slow imports'"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr

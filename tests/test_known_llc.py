@@ -91,5 +91,5 @@ def test_deep_linear_networks(widths, rank, record_property):
     print(
         f"\n{widths}; rank {rank}: {truth:g}, measured {float(result.llc_mean):.2f} ± {float(result.llc_sem):.2f} "
         f"({error:+.1%}), R-hat {float(result.rhat):.3f}"
-    )  # noqa: T201
+    )
     assert abs(error) < 0.08

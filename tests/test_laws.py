@@ -12,7 +12,7 @@ from targets import leimkuhler_matthews_variance, precision, rmsprop_linear_path
 
 from devinterp.engine.chain import Walker
 from devinterp.engine.seeds import noise_generator
-from devinterp.samplers import LeimkuhlerMatthews, SGLD, Force
+from devinterp.samplers import SGLD, Force, LeimkuhlerMatthews
 
 D, T = 1_000_000, 60
 H, N_BETA, GAMMA, LR = 2.0, 3.0, 4.0, 0.09  # A = 10, lr A = 0.9

@@ -202,18 +202,19 @@ def test_a_run_that_broke_off_is_finished_by_the_same_call(tmp_path):
     whole = run(tmp_path / "whole").load()
 
     class Stops(TinyLM):
-        calls = 0
+        left = 0
 
         def forward(self, ids):
-            Stops.calls += 1
-            if Stops.calls == stop_at:
+            self.left -= 1
+            if not self.left:
                 raise KeyboardInterrupt
             return super().forward(ids)
 
-    for stop_at in (9, 14, 20, 27):
-        Stops.calls = 0
+    for forwards in (9, 14, 20, 27):
+        model = Stops()
+        model.left = forwards
         with pytest.raises(KeyboardInterrupt):
-            run(tmp_path / "run", model=Stops())
+            run(tmp_path / "run", model=model)
         assert open_store(tmp_path / "run").attrs["completed"] == 0
     again = run(tmp_path / "run").load()
     xr.testing.assert_equal(whole.to_dataset(), again.to_dataset())

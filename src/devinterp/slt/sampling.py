@@ -1,16 +1,11 @@
 """`sample()`: check, plan, run the chains, open the store."""
 
-import atexit
-import json
 import logging
 import os
-import shutil
-import tempfile
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,18 +15,19 @@ from torch import Tensor, nn
 
 from devinterp.engine.baseline import baseline_losses, init_loss, init_loss_of
 from devinterp.engine.batches import Batches
-from devinterp.engine.chain import METRICS, Plan
+from devinterp.engine.chain import Plan
 from devinterp.engine.checkpoint import Checkpoint, check_device, check_loss, check_model
 from devinterp.engine.curvature import StepSize, choose_step_size, warn_if_unstable
 from devinterp.engine.placement import record_chain
 from devinterp.engine.progress import Progress
 from devinterp.engine.selection import Selection, check_masks
 from devinterp.engine.settings import Settings, choice, gather_sampler_kwargs
-from devinterp.engine.tokens import Observable, Tokens, check_observables, check_tokens, warn_about_padding
-from devinterp.errors import ChainDiverged, InputTypeError, InputValueError, RunMismatchError, StoreError, got
-from devinterp.store.identity import differences, identity, versions
+from devinterp.engine.tokens import Tokens, check_observables, check_tokens, warn_about_padding
+from devinterp.errors import ChainDiverged, InputTypeError, got
+from devinterp.store.identity import identity
 from devinterp.store.reader import metadata_of, open_store
-from devinterp.store.schema import COMPLETE, DIVERGED, FAILED, RUNNING, Variable, variables
+from devinterp.store.runs import layout, metadata_for, open_writer, plain, stored_run
+from devinterp.store.schema import COMPLETE, DIVERGED, FAILED, RUNNING
 from devinterp.store.writer import StoreWriter, check_output_path, check_space
 
 logger = logging.getLogger("devinterp")
@@ -161,14 +157,14 @@ def sample(
         raise InputTypeError(got("loss_fn", loss_fn, "a function (model, input_ids) -> per-token loss", fix))
     tokens = check_tokens("dataset", dataset, at_least=settings.batch_size)
     checked = check_observables(observables, tokens.length, settings.batch_size, settings.batches_per_draw, settings.obs_seed)
-    check_space(path, *_layout(settings, tokens.length, checked))
+    check_space(path, *layout(settings, tokens.length, checked))
     _warn_about_inputs(model, settings, tokens)
 
     checkpoint = Checkpoint(model, loss_fn, checked_device, settings.train_mode)
     batches = Batches.of(tokens, settings)
-    fingerprint = _plain(identity(settings, checkpoint, masks, batches, checked))
-    metadata = _metadata(settings, model, checked, fingerprint, checked_device)
-    known = _stored_run(path, fingerprint)
+    fingerprint = plain(identity(settings, checkpoint, masks, batches, checked))
+    metadata = metadata_for(settings, model, checked, fingerprint, checked_device)
+    known = stored_run(path, fingerprint)
     if known is not None and known.attrs.get("completed"):
         logger.info("%s holds this very run, complete; nothing to compute", path)
         return known
@@ -184,7 +180,7 @@ def sample(
         plan = replace(plan, sampler=settings.sampler(step_size.lr))
         if lr != "auto" and known is None:
             warn_if_unstable(plan)
-        store = _open_writer(path, plan, metadata | {"step_size": asdict(step_size)}, known)
+        store = open_writer(path, plan, metadata | {"step_size": asdict(step_size)}, known)
         _run(plan, store, on_diverged, progress)
     return open_store(store.path)
 
@@ -217,89 +213,10 @@ def _warn(message: str) -> None:
     warnings.warn(message, UserWarning, stacklevel=4)
 
 
-def _plain(value: dict[str, Any]) -> dict[str, Any]:
-    """As it will be read back from JSON, so that equal means equal."""
-    plain: dict[str, Any] = json.loads(json.dumps(value))
-    return plain
-
-
-def _metadata(
-    settings: Settings, model: nn.Module, observables: Sequence[Observable], fingerprint: dict[str, Any], device: torch.device
-) -> dict[str, Any]:
-    """Enough to repeat the run; `config` has the form that devinterp 2.0 wrote."""
-    return {
-        "config": {
-            "sampler": _plain(settings.stored()),
-            "observables": [{"obs_id": o.name, "batches_per_draw": o.num_batches} for o in observables],
-        },
-        "model": {
-            "class": type(model).__name__,
-            "parameters": sum(p.numel() for p in model.parameters()),
-            "dtypes": sorted({str(p.dtype) for p in model.parameters()}),
-        },
-        "device": str(device.type),
-        "identity": fingerprint,
-        "versions": versions(),
-    }
-
-
-def _stored_run(path: Path | None, fingerprint: dict[str, Any]) -> xr.DataTree | None:
-    """The run at `path` when it is the one asked for; refuses any other thing that is there."""
-    if path is None or not path.exists():
-        return None
-    try:
-        known = open_store(path)
-        stored = metadata_of(known).get("identity")
-    except StoreError as error:
-        fix = "Nothing was changed. Choose another output_path."
-        raise InputValueError(got("output_path", str(path), "new, or a run of devinterp", fix)) from error
-    if not isinstance(stored, dict):
-        raise RunMismatchError(str(path), ["identity: this store has none (devinterp 2.0 wrote none)"])
-    if lines := differences(stored, fingerprint):
-        raise RunMismatchError(str(path), lines)
-    return known
-
-
 def _step_size(plan: Plan, known: xr.DataTree | None) -> StepSize:
     if known is not None:
         return StepSize(**metadata_of(known)["step_size"])
     return choose_step_size(plan) if plan.settings.lr == "auto" else StepSize(float(plan.settings.lr))
-
-
-def _layout(settings: Settings, length: int, observables: Sequence[Observable]) -> tuple[dict[str, Variable], dict[str, int]]:
-    """The stored variables of a run, and the sizes of their dims."""
-    described = variables(
-        [observable.name for observable in observables],
-        METRICS if settings.save_metrics else (),
-        settings.match_sampling_input_ids_across_chains,
-    )
-    sizes = {
-        "chain": settings.num_chains,
-        "draw": settings.num_draws,
-        "step": settings.num_steps,
-        "batch": settings.batch_size * settings.gradient_accumulation_steps,
-        "token": length,
-        "token_pos": length - 1,
-        **{f"batch_{observable.name}": len(observable.ids) for observable in observables},
-    }
-    return described, sizes
-
-
-def _open_writer(path: Path | None, plan: Plan, metadata: dict[str, Any], known: xr.DataTree | None) -> StoreWriter:
-    described, sizes = _layout(plan.settings, plan.batches.tokens.length, plan.observables)
-    if known is not None and path is not None:
-        return StoreWriter(path, described)
-    if path is None:
-        folder = tempfile.mkdtemp(prefix="devinterp-")
-        atexit.register(shutil.rmtree, folder, ignore_errors=True)
-        path = Path(folder) / "run"
-    store = StoreWriter.create(path, described, sizes, metadata)
-    for name, start in (("chain", 0), ("draw", 0), ("step", 1), ("token_pos", 0)):
-        store.write(name, range(start, start + sizes[name]))
-    store.write("n_beta", plan.settings.n_beta)
-    for observable in plan.observables:
-        store.write(f"input_ids_{observable.name}", observable.ids)
-    return store
 
 
 def _run(plan: Plan, store: StoreWriter, on_diverged: str, progress: bool) -> None:

@@ -1,0 +1,37 @@
+# Every command of the project; `make help` lists them. Each sets up what it needs in .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: help demo test test-slow lint planted-bugs figures clean
+
+help:  ## list the commands
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /\1\t/' | expand -t 16
+
+.venv/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: .venv/.installed  ## train a small model on Python's own source and follow its LLC (about 5 minutes)
+	$(BIN)/python examples/training_run.py
+
+test: lint  ## lint, types and the tests that run in minutes
+	$(BIN)/python -m pytest
+
+lint: .venv/.installed  ## format, lint and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+test-slow: .venv/.installed  ## known learning coefficients of deep linear networks (about 15 minutes)
+	$(BIN)/python -m pytest -m slow -s
+
+planted-bugs: .venv/.installed  ## plant each known bug in a copy and see a test fail (about 5 minutes)
+	$(BIN)/python tests/planted_bugs.py
+
+figures: .venv/.installed  ## step sizes and peak memory on the demo's last checkpoint (after make demo)
+	$(BIN)/python benchmarks/step_size.py
+	$(BIN)/python benchmarks/memory.py
+
+clean:  ## remove the environment and the demo's output
+	rm -rf .venv demo_output

@@ -1,0 +1,129 @@
+"""Plant each of these bugs in a copy of the package and see that some test goes red.
+
+    python tests/planted_bugs.py [name ...]        (or: make planted-bugs)
+
+A bug that no test notices, or a line that is no longer there to be changed, makes the command fail.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+@dataclass(frozen=True)
+class Bug:
+    name: str
+    file: str
+    right: str
+    wrong: str
+    tests: str
+    """those that should notice, to be quick"""
+
+
+LAWS, CHAIN, MODEL, LLC = "tests/test_laws.py", "tests/test_chain.py", "tests/test_model_untouched.py", "tests/test_llc.py"
+SGLD, LM = "samplers/sgld.py", "samplers/leimkuhler_matthews.py"
+RMS, LOOP = "samplers/rmsprop_sgld.py", "engine/chain.py"
+
+BUGS = [
+    Bug("noise scaled by lr", SGLD, "self.lr**0.5 * xi", "self.lr * xi", LAWS),
+    Bug("drift without 1/2", SGLD, "gain = 0.5 * self.lr", "gain = self.lr", LAWS),
+    Bug("noise 2 % too large", SGLD, "self.noise_level * self.lr**0.5", "1.02 * self.noise_level * self.lr**0.5", LAWS),
+    Bug("fresh noise only", LM, "(state.xi + xi)", "(2**0.5 * xi)", LAWS),
+    Bug("half noise of the last step lost", LM, "LeimkuhlerMatthewsState(xi)\n", "LeimkuhlerMatthewsState(xi.new_zeros(()))\n", LAWS),
+    Bug("rmsprop noise with G, not sqrt(G)", RMS, "(self.lr * preconditioner).sqrt()", "self.lr**0.5 * preconditioner", LAWS),
+    Bug("rmsprop squares the whole force", RMS, "g, t = force.gradient", "g, t = force.total()", LAWS),
+    Bug("rmsprop correction off by one", RMS, "self.alpha ** (t + 1)", "self.alpha**t", LAWS),
+    Bug("n_beta left out", "samplers/base.py", "self.n_beta * self.gradient", "1.0 * self.gradient", LAWS),
+    Bug("localization to zero", "engine/posterior.py", "(weights - anchor).mul_", "(weights - 0 * anchor).mul_", LAWS),
+    Bug("localization 2 % off", "engine/posterior.py", "mul_(self.localization)", "mul_(1.02 * self.localization)", LAWS),
+    Bug("weight decay forgotten", "engine/posterior.py", "if self.weight_decay:", "if False:", LAWS),
+    Bug("draw one step early", "engine/settings.py", "steps_taken - self.num_burnin_steps, self",
+        "steps_taken + 1 - self.num_burnin_steps, self", CHAIN),
+    Bug("loss after the step", LOOP, "        metrics = None if last else walker.step()\n        yield Snapshot(t, losses,",
+        "        metrics = None if last else walker.step()\n        losses = walker.losses(t)\n        yield Snapshot(t, losses,", CHAIN),
+    Bug("observables at other weights", LOOP, "moved = self.plan.selection.place(self.leaves)\n        return {",
+        "moved = {}\n        return {", CHAIN),
+    Bug("baseline on another batch", "engine/baseline.py", "plan.settings.steps_before_draw(draw))",
+        "plan.settings.steps_before_draw(draw) - 1)", CHAIN),
+    Bug("burn-in averaged in", "engine/settings.py", "return past - 1 if rest == 0 and past >= 1 else None",
+        "return steps_taken if steps_taken < self.num_draws else None", LLC),
+    Bug("dropout left on", "engine/checkpoint.py", "self.model.train(self.train_mode)", "self.model.train(True)", MODEL),
+    Bug("training flags not put back", "engine/checkpoint.py", "module.training = training", "pass", MODEL),
+    Bug("a mask ignored", "engine/selection.py", "index = None if mask is None else", "index = None if True else", LAWS),
+    Bug("masters in bfloat16", "engine/selection.py", "torch.float64 if wide else torch.float32",
+        "torch.float64 if wide else pieces[0].parameter.dtype", LAWS),
+    Bug("seed + chain", "engine/seeds.py", 'hashlib.blake2b(repr(what).encode(), digest_size=8).digest()',
+        '(sum(w for w in what if isinstance(w, int)) % 2**63).to_bytes(8, "little")', LAWS),
+    Bug("micro-batches summed", LOOP, "per_token.mean() / len(micro_batches)", "per_token.mean()", CHAIN),
+    Bug("gradient of the last micro-batch only", LOOP, "        for j, ids in enumerate(micro_batches):\n",
+        "        for j, ids in enumerate(micro_batches):\n            self.gradient.zero_()\n", CHAIN),
+    Bug("last incomplete batch kept", "engine/batches.py", "self.tokens.num_rows // self.batch_size",
+        "-(-self.tokens.num_rows // self.batch_size)", CHAIN),
+    Bug("epochs not reshuffled", "engine/batches.py", '"batches", epoch, stream', '"batches", 0, stream', CHAIN),
+    Bug("init noise moves the anchor", LOOP, "anchor = self.weights[block.where], block.anchor",
+        "anchor = self.weights[block.where], self.weights[block.where].clone()", LAWS),
+    Bug("no bounding box", LOOP, "if box is not None:", "if False:", LAWS),
+    Bug("unpaired baseline", "slt/llc.py", 'if "baseline_loss" in ds\n', 'if False\n', LLC),
+    Bug("diverged chains averaged in", "slt/llc.py", "if status[chain] != COMPLETE]", "if False]", LLC),
+    Bug("errors of shared batches ignored", "analysis/uncertainty.py", "return max(errors)", "return errors[0]", LLC),
+    Bug("autocorrelation ignored", "analysis/uncertainty.py", "return max(errors)", "return trace.std() / trace.size**0.5", LLC),
+    Bug("stale store returned", "store/runs.py", "if lines := differences(stored, fingerprint):", "if lines := []:", "tests/test_store.py"),
+    Bug("rows overwritten at the tail", "store/writer.py", "start = self._written[name]", "start = 0", "tests/test_store.py"),
+    Bug("curvature at the checkpoint alone", "engine/curvature.py", "after_pilot = max(after_pilot, h)", "after_pilot = 0.0",
+        "tests/test_curvature.py"),
+]  # fmt: skip
+
+
+def check(bug: Bug, folder: Path) -> str:
+    """What became of the bug: 'caught by ...', or what is wrong."""
+    shutil.copytree(ROOT / "src" / "devinterp", folder / "devinterp")
+    path = folder / "devinterp" / bug.file
+    text = path.read_text()
+    if text.count(bug.right) != 1:
+        return f"NOT PLANTED: {bug.file} has {text.count(bug.right)} times {bug.right!r}"
+    path.write_text(text.replace(bug.right, bug.wrong))
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        bug.tests,
+        "-x",
+        "-q",
+        "--no-header",
+        "-p",
+        "no:cacheprovider",
+        "-k",
+        "not store_2_0",
+    ]
+    environment = os.environ | {"PYTHONPATH": str(folder)}
+    where = "import devinterp; print(devinterp.__file__)"
+    used = subprocess.run([sys.executable, "-c", where], env=environment, cwd=ROOT, capture_output=True, text=True, check=True)
+    if not used.stdout.startswith(str(folder)):
+        return f"NOT TESTED: {used.stdout.strip()} was used"
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode == 0:
+        return "NOT CAUGHT"
+    red = [line.split(" - ")[0] for line in done.stdout.split("\n") if line.startswith(("FAILED", "ERROR"))]
+    return f"caught by {red[0].split('::')[-1]}" if red else f"NOT TESTED: {done.stdout[-300:]}"
+
+
+def main() -> None:
+    chosen = [bug for bug in BUGS if not sys.argv[1:] or bug.name in sys.argv[1:]]
+    missed = 0
+    for bug in chosen:
+        with tempfile.TemporaryDirectory() as folder:
+            result = check(bug, Path(folder))
+        missed += not result.startswith("caught")
+        print(f"{bug.name:<40} {result}", flush=True)
+    print(f"{len(chosen) - missed} of {len(chosen)} planted bugs caught")
+    sys.exit(missed > 0)
+
+
+if __name__ == "__main__":
+    main()
