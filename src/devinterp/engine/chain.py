@@ -85,6 +85,11 @@ def run_chain(plan: Plan, chain: int) -> Iterator[Snapshot]:
         yield Snapshot(t, losses, draw, observables, metrics)
 
 
+def update_blocks(selection: Selection) -> list[Block]:
+    """The stretches of the flat vector that are updated at once."""
+    return list(selection.blocks(BLOCK.get(selection.device.type, BLOCK_ELSEWHERE)))
+
+
 def is_finite(losses: Tensor) -> bool:
     return math.isfinite(losses.sum(dtype=torch.float64).item())
 
@@ -97,7 +102,7 @@ class Walker:
         settings, selection = plan.settings, plan.selection
         self.posterior = Posterior.of(settings)
         self.rng = noise_generator(selection.device, settings.init_seed, chain, plan.purpose)
-        self.blocks = list(selection.blocks(BLOCK.get(selection.device.type, BLOCK_ELSEWHERE)))
+        self.blocks = update_blocks(selection)
         self.weights = selection.initial()
         self.gradient = torch.zeros_like(self.weights)
         self.leaves = selection.leaves(self.weights, self.gradient)

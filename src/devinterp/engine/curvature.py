@@ -8,18 +8,17 @@ measured at the checkpoint and where a short pilot ends, since curvature can gro
 import logging
 import math
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from scipy.linalg import eigvalsh_tridiagonal
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from devinterp.engine.chain import Plan, Walker, is_finite
+from devinterp.engine.chain import Plan, Walker, is_finite, update_blocks
 from devinterp.engine.posterior import Posterior
 from devinterp.engine.seeds import noise_generator
-from devinterp.engine.selection import Selection
+from devinterp.engine.selection import Block
 from devinterp.engine.settings import Settings
 from devinterp.engine.tokens import Ids
 from devinterp.errors import DevinterpError, InputValueError
@@ -29,6 +28,10 @@ logger = logging.getLogger(__name__)
 ITERATIONS = 10
 CONVERGED = 0.03
 """Relative change of the eigenvalue at which the iteration stops"""
+REACH = 1e-2
+"""Distance of the central differences: small against the width of the posterior, large against rounding"""
+ROUNDING = 1e-5
+"""A difference of gradients below this share of them is taken for rounding"""
 TOKENS = 2048
 """of the sampling stream, on which the curvature is measured; at least 8 sequences, at most 128"""
 PILOT_CHAINS = 4
@@ -55,7 +58,7 @@ def choose_step_size(plan: Plan) -> StepSize:
     """
     settings, posterior = plan.settings, Posterior.of(plan.settings)
     batches = curvature_batches(plan)
-    at_checkpoint = largest_eigenvalue(plan, plan.selection.initial(), batches)
+    at_checkpoint = largest_eigenvalue(plan, None, batches)
     precision = posterior.n_beta * at_checkpoint + posterior.prior_precision
     if not precision > 0:
         raise InputValueError(
@@ -115,11 +118,7 @@ def warn_if_unstable(plan: Plan) -> None:
         return
     posterior = Posterior.of(plan.settings)
     ids = plan.batches.micro(0, 0)[:8]
-    try:
-        h = largest_eigenvalue(plan, plan.selection.initial(), [ids], iterations=4)
-    except (RuntimeError, NotImplementedError) as error:  # an operator without a second derivative
-        logger.info("the stability of lr was not checked: %s", error)
-        return
+    h = largest_eigenvalue(plan, None, [ids], iterations=4)
     reach = plan.sampler.lr * (posterior.n_beta * h + posterior.prior_precision)
     if reach >= 4:
         warnings.warn(
@@ -140,57 +139,82 @@ def curvature_batches(plan: Plan) -> list[Ids]:
     return [ids[start : start + at_once] for start in range(0, len(ids), at_once)]
 
 
-def largest_eigenvalue(plan: Plan, weights: Tensor, batches: list[Ids], iterations: int = ITERATIONS) -> float:
+def largest_eigenvalue(plan: Plan, weights: Tensor | None, batches: list[Ids], iterations: int = ITERATIONS) -> float:
     """Largest (not largest absolute) Hessian eigenvalue of the mean loss; 0 where nothing curves upwards.
 
-    Lanczos iteration from a random direction, the three-term recurrence alone: one Hessian-vector product a step and three
-    vectors in memory, like power iteration, but the largest eigenvalue of the tridiagonal matrix is a better lower bound
-    after every step, and a dominant negative eigenvalue does not get in the way.
+    At the given weights, None = the checkpoint. Power iteration; when the dominant eigenvalue is negative, again with the
+    Hessian shifted by it.
     """
-    rng = noise_generator(weights.device, plan.settings.init_seed, "curvature")
-    before = torch.zeros_like(weights)
-    vector = torch.randn(weights.shape, generator=rng, dtype=weights.dtype, device=weights.device)
-    vector /= vector.norm()
-    diagonal: list[float] = []
-    beside: list[float] = []
-    found = 0.0
-    for _ in range(min(iterations, len(weights))):
-        image = hessian_vector_product(plan, weights, vector, batches)
-        if beside:
-            image -= beside[-1] * before
-        diagonal.append(torch.dot(vector, image).item())
-        image -= diagonal[-1] * vector
-        if not math.isfinite(diagonal[-1]):
-            return math.inf
-        last, found = found, float(eigvalsh_tridiagonal(diagonal, beside)[-1])
-        length = image.norm().item()
-        scale = max(map(abs, (*diagonal, *beside)))
-        if length <= 1e-5 * scale or (len(diagonal) > 2 and abs(found - last) < CONVERGED * abs(found)):
-            break
-        beside.append(length)
-        before, vector = vector, image / length
-    return max(0.0, found)
+    curvature = Curvature(plan, weights, batches)
+    dominant = curvature.dominant(iterations)
+    if dominant >= 0 or not math.isfinite(dominant):
+        return dominant
+    # the eigenvalues shifted by -dominant lie close together: no early stop
+    return max(0.0, dominant + curvature.dominant(2 * iterations, shift=dominant, converged=0.0))
 
 
-def hessian_vector_product(plan: Plan, weights: Tensor, vector: Tensor, batches: list[Ids]) -> Tensor:
-    """H v of the mean loss over the batches, by differentiating g . v."""
-    selection, checkpoint = plan.selection, plan.checkpoint
-    leaves = selection.leaves(weights)
-    directions = _pieces(selection, vector)
-    product = torch.zeros_like(vector)
-    # the fused attention kernels have no second derivative
-    with sdpa_kernel(SDPBackend.MATH):
-        for ids in batches:
-            losses = checkpoint.losses(selection.place(leaves), checkpoint.ids(ids), checkpoint.buffers())
-            gradients = torch.autograd.grad(losses.mean() * len(ids), leaves, create_graph=True, materialize_grads=True)
-            slope = torch.stack([(g * v).sum() for g, v in zip(gradients, directions, strict=True)]).sum()
-            if not slope.requires_grad:
-                continue  # a loss linear in the weights
-            images = torch.autograd.grad(slope, leaves, materialize_grads=True)
-            for part, image in zip(_pieces(selection, product), images, strict=True):
-                part += image.detach()
-    return product / sum(map(len, batches))
+class Curvature:
+    """(H - shift) v of the mean loss by central differences of the gradient:
 
+        H v = (g(w + r v) - g(w - r v)) / 2r + O(r^2)
 
-def _pieces(selection: Selection, flat: Tensor) -> list[Tensor]:
-    return [flat[piece.start : piece.stop] for piece in selection.pieces]
+    Two gradients a product, and two vectors of memory: the displaced weights, whose distance from the centre is the
+    direction, and the gradient; a chain holds no less. Half-precision models are differentiated in float32, since r v would
+    be lost in rounding.
+    """
+
+    def __init__(self, plan: Plan, centre: Tensor | None, batches: list[Ids]):
+        self.plan, self.centre, self.batches = plan, centre, batches
+        self.blocks = update_blocks(plan.selection)
+        self.displaced = plan.selection.initial()
+        self.reach = REACH * min(1.0, self.displaced.norm().item() or 1.0)
+        self.gradient = torch.empty_like(self.displaced)
+        self.leaves = plan.selection.leaves(self.displaced, self.gradient)
+        parameters = plan.checkpoint.parameters
+        self.in_float32 = {name: p.float() for name, p in parameters.items() if p.dtype in (torch.float16, torch.bfloat16)}
+
+    def dominant(self, iterations: int, shift: float = 0.0, converged: float = CONVERGED) -> float:
+        """The eigenvalue of H - shift of largest size; infinite where the gradient is not finite."""
+        rng = noise_generator(self.gradient.device, self.plan.settings.init_seed, "curvature")
+        torch.randn(self.gradient.shape, generator=rng, out=self.gradient)
+        found = 0.0
+        for iteration in range(iterations):
+            last, found = found, self.apply(shift)
+            settled = iteration > 1 and abs(found - last) < converged * abs(found)
+            if not math.isfinite(found) or not self.gradient.any() or settled:
+                break
+        return found if math.isfinite(found) else math.inf
+
+    @torch.no_grad()
+    def apply(self, shift: float = 0.0) -> float:
+        """Replace the direction held in `gradient` by its image; returns the Rayleigh quotient of the direction."""
+        step = self.reach / self.gradient.norm().item()
+        for block, centre in self._centred():
+            torch.add(centre, self.gradient[block.where], alpha=step, out=self.displaced[block.where])
+        self.gradient.zero_()
+        self._accumulate(1.0)
+        size = self.gradient.norm().item()
+        for block, centre in self._centred():
+            self.displaced[block.where].neg_().add_(centre, alpha=2.0)
+        self._accumulate(-1.0)
+        if self.gradient.norm().item() < ROUNDING * size:
+            self.gradient.zero_()  # a loss linear in the weights
+        quotient = 0.0
+        for block, centre in self._centred():
+            direction = (centre - self.displaced[block.where]).div_(self.reach)
+            image = self.gradient[block.where]
+            image.div_(2 * self.reach).sub_(direction, alpha=shift)
+            quotient += torch.dot(direction, image).item()
+        return quotient
+
+    def _centred(self) -> Iterator[tuple[Block, Tensor]]:
+        for block in self.blocks:
+            yield block, block.anchor if self.centre is None else self.centre[block.where]
+
+    @torch.enable_grad()
+    def _accumulate(self, sign: float) -> None:
+        checkpoint, count = self.plan.checkpoint, sum(map(len, self.batches))
+        for ids in self.batches:
+            moved = self.in_float32 | self.plan.selection.place(self.leaves, cast=not self.in_float32)
+            losses = checkpoint.losses(moved, checkpoint.ids(ids), checkpoint.buffers())
+            torch.autograd.backward(losses.mean() * (sign * len(ids) / count), inputs=self.leaves)

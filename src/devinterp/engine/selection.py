@@ -33,12 +33,12 @@ class Piece:
         flat = self.parameter.reshape(-1)
         return flat[start:stop] if self.index is None else flat[self.index[start:stop]]
 
-    def place(self, leaf: Tensor) -> Tensor:
+    def place(self, leaf: Tensor, cast: bool = True) -> Tensor:
         """The parameter with its moving elements taken from `leaf`, differentiable in `leaf`."""
-        leaf = leaf.to(self.parameter.dtype)
+        leaf = leaf.to(self.parameter.dtype) if cast else leaf
         if self.index is None:
             return leaf.view(self.parameter.shape)
-        return self.parameter.reshape(-1).index_copy(0, self.index, leaf).view(self.parameter.shape)
+        return self.parameter.to(leaf.dtype).reshape(-1).index_copy(0, self.index, leaf).view(self.parameter.shape)
 
 
 @dataclass(frozen=True)
@@ -79,9 +79,9 @@ class Selection:
             leaves.append(leaf)
         return leaves
 
-    def place(self, leaves: list[Tensor]) -> dict[str, Tensor]:
-        """The moved parameters by name, differentiable in the leaves."""
-        return {piece.name: piece.place(leaf) for piece, leaf in zip(self.pieces, leaves, strict=True)}
+    def place(self, leaves: list[Tensor], cast: bool = True) -> dict[str, Tensor]:
+        """The moved parameters by name, differentiable in the leaves; without `cast` in the dtype of the leaves."""
+        return {piece.name: piece.place(leaf, cast) for piece, leaf in zip(self.pieces, leaves, strict=True)}
 
     def blocks(self, length: int) -> Iterator["Block"]:
         """The flat vector in pieces of `length`, each with its own view of the anchor."""
