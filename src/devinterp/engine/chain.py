@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -155,7 +155,8 @@ class Walker:
         for i, block in enumerate(self.blocks):
             w, anchor = self.weights[block.where], block.anchor
             force = self.posterior.force(w, anchor, self.gradient[block.where])
-            move, self.states[i] = self.plan.sampler.step(force, self.states[i], self._normal(block, self.rng))
+            move, state = self.plan.sampler.step(force, self.states[i], self._normal(block, self.rng))
+            self.states[i] = kept_in_place(self.states[i], state)
             if sums is not None:
                 sums.add(self.posterior, w, anchor, self.gradient[block.where], move)
             w += move.drift  # the only writes to weights in the library
@@ -163,6 +164,14 @@ class Walker:
             if box is not None:
                 w.clamp_(anchor - box, anchor + box)
         return sums.metrics() if sums is not None else None
+
+
+def kept_in_place(old: Any, new: Any) -> Any:
+    """The new state in the old one's memory: tensors that change hands at every step would fragment it."""
+    if new is None:
+        return None
+    tensors = {item.name: getattr(new, item.name) for item in fields(new)}
+    return replace(new, **{name: getattr(old, name).copy_(t) for name, t in tensors.items() if isinstance(t, Tensor)})
 
 
 def observable_losses(plan: Plan, moved: dict[str, Tensor], observable: Observable) -> Tensor:
