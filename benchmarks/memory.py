@@ -43,7 +43,7 @@ def main() -> None:
 
     lines = [
         f"`python benchmarks/memory.py`, {datetime.date.today()}, {machine()}. GPT-NeoX of 2 layers on sequences of 8 tokens; growth of the "
-        "process's peak during `sample()`, in units of the weights (float32). The model itself (one unit, also the anchor) is there before. "
+        "process's peak during `sample()` (about 130 MB of it libraries that are loaded when first used), in units of the weights (float32). The model itself (one unit, also the anchor) is there before. "
         "Beside it the run needs the moving weights, the gradient and the sampler's state: 2 units for SGLD, 3 for Leimkuhler-Matthews.",
         "",
         "| sampler | parameters | draws | peak before (MB) | peak after (MB) | growth (units of the weights) |",

@@ -35,7 +35,7 @@ BUGS = [
     Bug("drift without 1/2", SGLD, "gain = 0.5 * self.lr", "gain = self.lr", LAWS),
     Bug("noise 2 % too large", SGLD, "self.noise_level * self.lr**0.5", "1.02 * self.noise_level * self.lr**0.5", LAWS),
     Bug("fresh noise only", LM, "(state.xi + xi)", "(2**0.5 * xi)", LAWS),
-    Bug("half noise of the last step lost", LM, "LeimkuhlerMatthewsState(xi)\n", "LeimkuhlerMatthewsState(xi.new_zeros(()))\n", LAWS),
+    Bug("half noise of the last step lost", LM, "gain), LeimkuhlerMatthewsState(xi)", "gain), LeimkuhlerMatthewsState(0 * xi)", LAWS),
     Bug("rmsprop noise with G, not sqrt(G)", RMS, "(self.lr * preconditioner).sqrt()", "self.lr**0.5 * preconditioner", LAWS),
     Bug("rmsprop squares the whole force", RMS, "g, t = force.gradient", "g, t = force.total()", LAWS),
     Bug("rmsprop correction off by one", RMS, "self.alpha ** (t + 1)", "self.alpha**t", LAWS),

@@ -17,14 +17,20 @@ def growth(hidden: int, draws: int, method: str) -> tuple[float, float]:
     return after - before, 4 * size / 2**20
 
 
+LIBRARIES = 150
+"""Megabytes of libraries that are loaded when first used, and of activations"""
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "vectors"), [("sgmcmc_sgld", 2), ("leimkuhler_matthews", 3)])
 def test_a_full_model_run_holds_weights_gradient_and_state(method, vectors):
-    """Beside the model itself, which is the anchor. 25M parameters; half a unit for imports and activations."""
+    """Beside the model itself, which is the anchor. 25M parameters: one vector too many is 97 MB."""
     grown, unit = growth(1024, 3, method)
     assert unit > 90
-    assert vectors - 1 < grown / unit < vectors + 0.75
+    assert vectors - 1 < (grown - LIBRARIES) / unit < vectors + 0.5
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_draws():
     few, _ = growth(128, 50, "sgmcmc_sgld")
     many, _ = growth(128, 1000, "sgmcmc_sgld")
