@@ -69,7 +69,7 @@ BUGS = [
     Bug("init noise moves the anchor", LOOP, "anchor = self.weights[block.where], block.anchor",
         "anchor = self.weights[block.where], self.weights[block.where].clone()", LAWS),
     Bug("no bounding box", LOOP, "if box is not None:", "if False:", LAWS),
-    Bug("unpaired baseline", "slt/llc.py", 'if "baseline_loss" in ds\n', 'if False\n', LLC),
+    Bug("unpaired baseline", "slt/llc.py", '(ds["baseline_loss"]) if "baseline_loss" in ds', '(ds["baseline_loss"]) if False', LLC),
     Bug("diverged chains averaged in", "slt/llc.py", "if status[chain] != COMPLETE]", "if False]", LLC),
     Bug("errors of shared batches ignored", "analysis/uncertainty.py", "return max(errors)", "return errors[0]", LLC),
     Bug("autocorrelation ignored", "analysis/uncertainty.py", "return max(errors)", "return trace.std() / trace.size**0.5", LLC),
