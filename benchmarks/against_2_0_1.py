@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 SETTINGS = {"lr": 5e-4, "n_beta": 30.0, "localization": 1000.0, "batch_size": 16, "num_init_loss_batches": 8, "num_chains": 4,
-            "num_draws": 100, "num_burnin_steps": 25}  # fmt: skip
+            "num_draws": 50, "num_burnin_steps": 25}  # fmt: skip
 
 PEER = """
 import json, sys, time
