@@ -6,6 +6,7 @@ python benchmarks/against_2_0_1.py peer/bin/python        (after `make demo`)
 
 import datetime
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -43,9 +44,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         np.save(Path(folder) / "tokens.npy", data.with_format("numpy")[:]["input_ids"])
         arguments = [str(CHECKPOINT), f"{folder}/tokens.npy", json.dumps(SETTINGS), f"{folder}/peer"]
-        done = subprocess.run([sys.argv[1], "-c", PEER, *arguments], capture_output=True, text=True, check=True)
+        alone = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}  # where it would find us
+        done = subprocess.run([sys.argv[1], "-c", PEER, *arguments], stdout=subprocess.PIPE, text=True, check=True, env=alone)
         peer = json.loads(done.stdout.strip().split("\n")[-1])
         from_its_store = devinterp.compute_llc(f"{folder}/peer")
+        paired = paired_by_hand(model, f"{folder}/peer")
     rows = []
     spread = np.array(peer["per_chain"])
     rows.append(
@@ -58,6 +61,7 @@ def main() -> None:
         )
     )
     rows.append(("2.0.1's store, our compute_llc (draws only, unpaired)", *numbers(from_its_store), None))
+    rows.append(("2.0.1's store, its steps after burn-in paired by hand", *paired, None))
     for name, change in (("ours, SGLD", {}), ("ours, Leimkuhler-Matthews", {"sampling_method": "leimkuhler_matthews"})):
         started = time.time()
         samples = devinterp.sample(model, data, {"same": (data, 1)}, progress=False, **(SETTINGS | change))
@@ -70,6 +74,27 @@ def main() -> None:
     ]
     lines += [f"| {n} | {v:.3f} | {e} | {r} | {'' if s is None else f'{s:.0f}'} |" for n, v, e, r, s in rows]
     record("Against devinterp 2.0.1", "\n".join(lines))
+
+
+def paired_by_hand(model, path: str) -> tuple[float, str, str]:
+    """The stored loss of each step after burn-in, minus the checkpoint's on the very batch, which 2.0.1 stores too."""
+    import torch
+    import xarray as xr
+
+    from devinterp.analysis.uncertainty import rhat, standard_error
+
+    ds = xr.open_datatree(path, engine="zarr", consolidated=False).to_dataset().isel(step=slice(SETTINGS["num_burnin_steps"], None))
+    ids = torch.as_tensor(ds.sampling_input_ids_micro.values)  # chain, step, batch, token
+    model.eval()
+    with torch.no_grad():
+        at_checkpoint = [
+            torch.nn.functional.cross_entropy(model(batch).logits[:, :-1].transpose(1, 2), batch[:, 1:]).item()
+            for batch in ids.flatten(0, 1)
+        ]
+    losses = ds.sampling_loss_micro.mean(["batch_sampling", "token_pos"]).transpose("chain", "step").values
+    trace = losses.astype(float) - torch.tensor(at_checkpoint).view(losses.shape).double().numpy()
+    n_beta = SETTINGS["n_beta"]
+    return n_beta * trace.mean(), f"{n_beta * standard_error(trace):.3f}", f"{rhat(trace):.3f}"
 
 
 def numbers(result) -> tuple[float, str, str]:

@@ -7,19 +7,40 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from devinterp.slt.bif import bif, compute_bif
     from devinterp.slt.llc import compute_llc, llc
     from devinterp.slt.sampling import sample
+    from devinterp.slt.susceptibilities import compute_susceptibilities, susceptibilities
+    from devinterp.slt.weight_restrictions import create_param_masks, preview_weight_restriction
     from devinterp.utils import default_nbeta, tokenize_and_concatenate
 
 _HOMES = {
     "sample": "devinterp.slt.sampling",
     "llc": "devinterp.slt.llc",
     "compute_llc": "devinterp.slt.llc",
+    "bif": "devinterp.slt.bif",
+    "compute_bif": "devinterp.slt.bif",
+    "susceptibilities": "devinterp.slt.susceptibilities",
+    "compute_susceptibilities": "devinterp.slt.susceptibilities",
+    "create_param_masks": "devinterp.slt.weight_restrictions",
+    "preview_weight_restriction": "devinterp.slt.weight_restrictions",
     "default_nbeta": "devinterp.utils",
     "tokenize_and_concatenate": "devinterp.utils",
 }
 
-__all__ = ["compute_llc", "default_nbeta", "llc", "sample", "tokenize_and_concatenate"]
+__all__ = [
+    "bif",
+    "compute_bif",
+    "compute_llc",
+    "compute_susceptibilities",
+    "create_param_masks",
+    "default_nbeta",
+    "llc",
+    "preview_weight_restriction",
+    "sample",
+    "susceptibilities",
+    "tokenize_and_concatenate",
+]
 
 
 def __getattr__(name: str) -> Any:

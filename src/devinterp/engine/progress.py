@@ -16,24 +16,37 @@ class Progress:
     """Counts up to `total` under a description."""
 
     def __init__(self, total: int, description: str, enabled: bool = True):
-        self.total, self.description, self.enabled = total, description, enabled
-        self._done, self._started, self._said = 0, time.monotonic(), time.monotonic()
+        self.total, self.description, self.enabled, self.done = total, description, enabled, 0
+        self._started, self._said = time.monotonic(), time.monotonic()
         watched = sys.stderr.isatty() or "ipykernel" in sys.modules
         self._bar: Any = tqdm(total=total, desc=description) if enabled and watched else None
 
+    def describe(self, description: str) -> None:
+        """What is going on now."""
+        self.description = description
+        if self._bar is not None:
+            self._bar.set_description_str(description, refresh=False)
+
     def update(self, note: str = "") -> None:
-        self._done += 1
+        self.done += 1
         if self._bar is not None:
             self._bar.set_postfix_str(note, refresh=False)
             self._bar.update()
         elif self.enabled and time.monotonic() - self._said > SECONDS_BETWEEN_LINES:
             self._say(note)
 
+    def skip(self, count: int) -> None:
+        """Work that turned out not to be needed, so that the time left is that of real work."""
+        self.total -= count
+        if self._bar is not None:
+            self._bar.total = self.total
+            self._bar.refresh()
+
     def _say(self, note: str) -> None:
         self._said = time.monotonic()
         elapsed = self._said - self._started
-        left = elapsed / self._done * (self.total - self._done)
-        logger.info("%s: %d of %d, %.0f s left %s", self.description, self._done, self.total, left, note)
+        left = elapsed / self.done * (self.total - self.done)
+        logger.info("%s: %d of %d, %.0f s left %s", self.description, self.done, self.total, left, note)
 
     def __enter__(self) -> Self:
         return self

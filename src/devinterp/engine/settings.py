@@ -200,6 +200,21 @@ def _warn(message: str) -> None:
     warnings.warn(message, UserWarning, stacklevel=2)
 
 
+def settings_of(
+    *,
+    sampling_method: Any = "sgmcmc_sgld",
+    sampling_method_kwargs: Any = None,
+    rmsprop_eps: Any = None,
+    rmsprop_alpha: Any = None,
+    **others: Any,
+) -> Settings:
+    """Settings from the arguments of `sample`, which has aliases for two settings of RMSprop."""
+    joined = gather_sampler_kwargs(
+        sampling_method, sampling_method_kwargs, rmsprop_eps=rmsprop_eps, rmsprop_alpha=rmsprop_alpha
+    )
+    return Settings(sampling_method=sampling_method, sampling_method_kwargs=joined, **others)
+
+
 def gather_sampler_kwargs(method: Any, given: Any, **aliases: Any) -> dict[str, Any]:
     """`sampling_method_kwargs` joined with the aliases `rmsprop_alpha` and `rmsprop_eps`."""
     if given is not None and not isinstance(given, dict):

@@ -1,6 +1,5 @@
 """The local learning coefficient: how many effective parameters a model uses around a checkpoint."""
 
-import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,12 +9,10 @@ from torch import nn
 
 from devinterp.analysis.uncertainty import Trace, ess_bulk, rhat, standard_error
 from devinterp.engine.settings import choice
-from devinterp.errors import ChainsUnusable, InputTypeError, StoreError, got
+from devinterp.errors import ChainsUnusable
 from devinterp.slt.sampling import sample
-from devinterp.store.reader import metadata_of, n_beta_of, observable_names, open_store
-from devinterp.store.schema import COMPLETE, STATUS_MEANINGS
-
-DRAWS_READ_AT_ONCE = 50
+from devinterp.store.reader import metadata_of, n_beta_of, observable_names
+from devinterp.store.samples import Samples, mean_per_draw, root_of, usable_chains
 
 
 def llc(
@@ -40,7 +37,7 @@ def llc(
     return compute_llc(sample(model, dataset, observables or {}, **settings), on_diverged=on_diverged)
 
 
-def compute_llc(samples: xr.DataTree | xr.Dataset | str | os.PathLike[str], *, on_diverged: str = "raise") -> xr.Dataset:
+def compute_llc(samples: Samples, *, on_diverged: str = "raise") -> xr.Dataset:
     """LLC with its standard error, from what `sample()` returned or stored (stores of devinterp 2.0 included).
 
         llc = n_beta (E[L(w)] - L(w0))          (Lau et al. 2023, arXiv 2308.12108, eq. 14)
@@ -73,9 +70,9 @@ def compute_llc(samples: xr.DataTree | xr.Dataset | str | os.PathLike[str], *, o
         StoreError: the samples lack what is needed.
     """
     choice("raise", "drop")("on_diverged", on_diverged)
-    ds = _root(samples)
+    ds = root_of(samples)
     n_beta = n_beta_of(ds)
-    kept, dropped = _usable_chains(ds, on_diverged)
+    kept, dropped = usable_chains(ds, on_diverged)
     ds = ds.isel(chain=kept)
     loss_trace = mean_per_draw(ds["sampling_loss"])
     excess = loss_trace - (
@@ -114,14 +111,6 @@ def compute_llc(samples: xr.DataTree | xr.Dataset | str | os.PathLike[str], *, o
     return result
 
 
-def mean_per_draw(losses: xr.DataArray) -> xr.DataArray:
-    """Mean over everything but chain and draw, in float64, reading a bounded number of draws at a time."""
-    over = [dim for dim in losses.dims if dim not in ("chain", "draw")]
-    starts = range(0, losses.sizes["draw"], DRAWS_READ_AT_ONCE)
-    parts = [losses.isel(draw=slice(i, i + DRAWS_READ_AT_ONCE)).mean(over, dtype=np.float64) for i in starts]
-    return xr.concat(parts, "draw", coords="minimal", compat="override", join="override")
-
-
 def _per_observable(ds: xr.Dataset, n_beta: float) -> dict[str, tuple[str, list[float]] | xr.DataArray]:
     """The LLC of each observable: n_beta (E[l] - l(w0)) on its own tokens."""
     names = [name for name in observable_names(ds) if f"init_loss_{name}" in ds]
@@ -137,41 +126,3 @@ def _per_observable(ds: xr.Dataset, n_beta: float) -> dict[str, tuple[str, list[
         "llc_observable": xr.DataArray(means, dims="observable", coords={"observable": names}),
         "llc_observable_sem": ("observable", errors),
     }
-
-
-def _root(samples: Any) -> xr.Dataset:
-    if isinstance(samples, str | os.PathLike):
-        samples = open_store(samples)
-    if isinstance(samples, xr.DataTree):
-        samples = samples.to_dataset()
-    if not isinstance(samples, xr.Dataset):
-        fix = "Pass what sample() returned, or the path of its store."
-        raise InputTypeError(got("samples", type(samples), "a DataTree, a Dataset or a path", fix))
-    if missing := [name for name in ("sampling_loss", "init_loss") if name not in samples]:
-        raise StoreError(f"the samples lack {missing}: they were not made by sample().")
-    return samples
-
-
-def _usable_chains(ds: xr.Dataset, on_diverged: str) -> tuple[list[int], list[int]]:
-    """Positions of the chains to use, and of those left out."""
-    count = ds.sizes["chain"]
-    if "chain_status" in ds:
-        status = [int(value) for value in ds["chain_status"].values]
-    else:  # devinterp 2.0 keeps no status
-        if not ds.attrs.get("completed", 1):
-            raise ChainsUnusable("the store is not complete: its run was interrupted. Run it again.")
-        finite = np.isfinite(mean_per_draw(ds["sampling_loss"]).transpose("chain", "draw").values).all(axis=1)
-        status = [COMPLETE if ok else STATUS_MEANINGS.index("diverged") for ok in finite]
-    running = [chain for chain in range(count) if status[chain] == STATUS_MEANINGS.index("running")]
-    if running:
-        raise ChainsUnusable(f"chains {running} are not finished. Wait for the run, or ask for it again to finish it.")
-    bad = [chain for chain in range(count) if status[chain] != COMPLETE]
-    listed = ", ".join(f"{chain} ({STATUS_MEANINGS[status[chain]]})" for chain in bad)
-    if bad and on_diverged == "raise":
-        raise ChainsUnusable(
-            f"chains {listed} of {count} did not complete. Run again with a smaller lr (or lr='auto') or a larger "
-            "localization, or pass on_diverged='drop' to go without them."
-        )
-    if len(bad) == count:
-        raise ChainsUnusable(f"no chain is left: {listed}. Run again with a smaller lr (or lr='auto').")
-    return [chain for chain in range(count) if chain not in bad], bad

@@ -1,39 +1,16 @@
 """`sample()`: check, plan, run the chains, open the store."""
 
-import logging
 import os
-import time
-import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
 from typing import Any
 
-import numpy as np
 import torch
 import xarray as xr
 from torch import Tensor, nn
 
-from devinterp.engine.baseline import baseline_losses, init_loss, init_loss_of
-from devinterp.engine.batches import Batches
-from devinterp.engine.chain import Plan
-from devinterp.engine.checkpoint import Checkpoint, check_device, check_loss, check_model
-from devinterp.engine.curvature import StepSize, choose_step_size, warn_if_unstable
-from devinterp.engine.placement import record_chain
 from devinterp.engine.progress import Progress
-from devinterp.engine.selection import Selection, check_masks
-from devinterp.engine.settings import Settings, choice, gather_sampler_kwargs
-from devinterp.engine.tokens import Tokens, check_observables, check_tokens, warn_about_padding
-from devinterp.errors import ChainDiverged, InputTypeError, got
-from devinterp.store.identity import identity
-from devinterp.store.reader import metadata_of, open_store
-from devinterp.store.runs import layout, metadata_for, open_writer, plain, stored_run
-from devinterp.store.schema import COMPLETE, DIVERGED, FAILED, RUNNING
-from devinterp.store.writer import StoreWriter, check_output_path, check_space
-
-logger = logging.getLogger("devinterp")
-
-LONG_RUN = 600.0
-"""Seconds beyond which a run without output_path is warned about"""
+from devinterp.engine.settings import settings_of
+from devinterp.slt.running import Inputs, Request, num_rows, run
 
 
 def sample(
@@ -134,130 +111,18 @@ def sample(
         RunMismatchError: output_path holds a run with other inputs.
         ChainDiverged: with on_diverged="raise", a loss is not finite.
     """
-    settings = Settings(
+    settings = settings_of(
         lr=lr, n_beta=n_beta, num_chains=num_chains, num_draws=num_draws, batch_size=batch_size,
         num_burnin_steps=num_burnin_steps, num_steps_bw_draws=num_steps_bw_draws,
         num_init_loss_batches=num_init_loss_batches, init_seed=init_seed, batches_per_draw=batches_per_draw,
         obs_seed=obs_seed, gradient_accumulation_steps=gradient_accumulation_steps, localization=localization,
         noise_level=noise_level, llc_weight_decay=llc_weight_decay, bounding_box_size=bounding_box_size,
-        sampling_method=sampling_method,
-        sampling_method_kwargs=gather_sampler_kwargs(
-            sampling_method, sampling_method_kwargs, rmsprop_eps=rmsprop_eps, rmsprop_alpha=rmsprop_alpha
-        ),
-        shuffle=shuffle, match_sampling_input_ids_across_chains=match_sampling_input_ids_across_chains,
-        init_noise=init_noise, save_metrics=save_metrics, train_mode=train_mode,
+        sampling_method=sampling_method, sampling_method_kwargs=sampling_method_kwargs, rmsprop_eps=rmsprop_eps,
+        rmsprop_alpha=rmsprop_alpha, shuffle=shuffle,
+        match_sampling_input_ids_across_chains=match_sampling_input_ids_across_chains, init_noise=init_noise,
+        save_metrics=save_metrics, train_mode=train_mode,
     )  # fmt: skip
-    choice("record", "raise")("on_diverged", on_diverged)
-    path = check_output_path(output_path)
-    check_model(model)
-    masks = check_masks(model, param_masks)
-    checked_device = check_device(model, device)
-    if loss_fn is not None and not callable(loss_fn):
-        fix = "None takes the next-token cross-entropy."
-        raise InputTypeError(got("loss_fn", loss_fn, "a function (model, input_ids) -> per-token loss", fix))
-    tokens = check_tokens("dataset", dataset, at_least=settings.batch_size)
-    checked = check_observables(observables, tokens.length, settings.batch_size, settings.batches_per_draw, settings.obs_seed)
-    check_space(path, *layout(settings, tokens.length, checked))
-    _warn_about_inputs(model, settings, tokens)
-
-    checkpoint = Checkpoint(model, loss_fn, checked_device, settings.train_mode)
-    batches = Batches.of(tokens, settings)
-    fingerprint = plain(identity(settings, checkpoint, masks, batches, checked))
-    metadata = metadata_for(settings, model, checked, fingerprint, checked_device)
-    known = stored_run(path, fingerprint)
-    if known is not None and known.attrs.get("completed"):
-        logger.info("%s holds this very run, complete; nothing to compute", path)
-        return known
-    with checkpoint.ready():
-        largest = max([tokens.largest, *(int(observable.ids.max()) for observable in checked)])
-        began = time.monotonic()
-        check_loss(checkpoint, checkpoint.ids(batches.micro(0, 0)), largest)
-        if path is None:
-            _warn_about_losing(settings, time.monotonic() - began)
-        selection = Selection.of(checkpoint.parameters, masks)
-        plan = Plan(settings, settings.sampler(1.0), checkpoint, selection, batches, checked)
-        step_size = _step_size(plan, known)
-        plan = replace(plan, sampler=settings.sampler(step_size.lr))
-        if lr != "auto" and known is None:
-            warn_if_unstable(plan)
-        store = open_writer(path, plan, metadata | {"step_size": asdict(step_size)}, known)
-        _run(plan, store, on_diverged, progress)
-    return open_store(store.path)
-
-
-def _warn_about_inputs(model: nn.Module, settings: Settings, tokens: Tokens) -> None:
-    settings.warn_about()
-    wanted = settings.num_init_loss_batches * settings.gradient_accumulation_steps * settings.batch_size
-    if tokens.num_rows < wanted:
-        _warn(f"dataset has {tokens.num_rows} sequences and init_loss wants {wanted}: some are counted more than once.")
-    config = getattr(model, "config", None)
-    pad, eos = getattr(config, "pad_token_id", None), getattr(config, "eos_token_id", None)
-    if isinstance(pad, int) and pad != eos:
-        warn_about_padding(tokens.rows(np.arange(min(tokens.num_rows, 1000))), pad)
-    if settings.train_mode and any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules()):
-        _warn("train_mode=True: dropout adds noise to every gradient, beyond that of the sampler.")
-    if settings.train_mode and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()):
-        _warn("train_mode=True: batch-norm statistics move with every step of a chain (and are put back afterwards).")
-
-
-def _warn_about_losing(settings: Settings, probe_seconds: float) -> None:
-    expected = probe_seconds * settings.num_steps * settings.num_chains * settings.gradient_accumulation_steps
-    if expected > LONG_RUN:
-        _warn(
-            f"This run may take {expected / 3600:.1f} h, and without output_path its results are deleted when Python "
-            "exits. Try output_path='runs/first'."
-        )
-
-
-def _warn(message: str) -> None:
-    warnings.warn(message, UserWarning, stacklevel=4)
-
-
-def _step_size(plan: Plan, known: xr.DataTree | None) -> StepSize:
-    if known is not None:
-        return StepSize(**metadata_of(known)["step_size"])
-    return choose_step_size(plan) if plan.settings.lr == "auto" else StepSize(float(plan.settings.lr))
-
-
-def _run(plan: Plan, store: StoreWriter, on_diverged: str, progress: bool) -> None:
-    _record_baseline(plan, store, progress)
-    status = store.status()
-    for chain in range(plan.settings.num_chains):
-        if status[chain] == RUNNING:
-            _record_chain(plan, store, chain, on_diverged, progress)
-    store.finish()
-
-
-def _record_baseline(plan: Plan, store: StoreWriter, progress: bool) -> None:
-    settings, shared = plan.settings, plan.settings.match_sampling_input_ids_across_chains
-    for observable in plan.observables:
-        store.write(f"init_loss_{observable.name}", init_loss_of(plan, observable).cpu())
-    streams = [0] if shared else list(range(settings.num_chains))
-    with Progress(len(streams) * settings.num_draws, "baseline", progress) as bar:
-        for stream in streams:
-            mean = init_loss(plan, stream).cpu()
-            for chain in range(settings.num_chains) if shared else [stream]:
-                store.write("init_loss", mean, chain)
-            with store.rows(None if shared else stream) as rows:
-                for losses in baseline_losses(plan, stream):
-                    rows.append("baseline_loss", losses)
-                    bar.update()
-
-
-def _record_chain(plan: Plan, store: StoreWriter, chain: int, on_diverged: str, progress: bool) -> None:
-    description = f"chain {chain + 1}/{plan.settings.num_chains}"
-    with Progress(plan.settings.num_steps + 1, description, progress) as bar, store.rows(chain) as rows:
-        try:
-            diverged_at = record_chain(plan, chain, rows, bar)
-        except Exception:
-            store.write("chain_status", FAILED, chain)
-            raise
-    if diverged_at is None:
-        store.write("chain_status", COMPLETE, chain)
-        return
-    store.write("diverged_at", diverged_at, chain)
-    store.write("chain_status", DIVERGED, chain)
-    diverged = ChainDiverged(chain, diverged_at, plan.sampler.lr)
-    if on_diverged == "raise":
-        raise diverged
-    logger.warning("%s The other chains go on.", diverged)
+    inputs = Inputs.of(model, dataset, observables, settings, device=device, loss_fn=loss_fn, on_diverged=on_diverged)
+    request = Request.of(inputs, param_masks, output_path)
+    with Progress(num_rows(inputs), "sampling", progress) as bar:
+        return run(request, bar)

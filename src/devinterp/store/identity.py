@@ -20,6 +20,7 @@ UNSHOWABLE = "a loss_fn of the caller's"
 def identity(
     settings: Settings,
     checkpoint: Checkpoint,
+    digest: str,
     masks: Mapping[str, Tensor | None],
     batches: Batches,
     observables: tuple[Observable, ...],
@@ -27,7 +28,7 @@ def identity(
     """Everything that changes the numbers of a run. Fingerprints protect against accident, not attack."""
     return {
         **settings.stored(),
-        "weights and buffers of the model": checkpoint.digest(),
+        "weights and buffers of the model": digest,
         "param_masks": mask_digest(masks),
         "dataset": batches.tokens.digest,
         **{f"observable {observable.name}": observable.digest for observable in observables},

@@ -21,6 +21,8 @@ class Variable:
     meaning: str
     unit: str = ""
     attributes: Mapping[str, Any] | None = None
+    chunks: tuple[int, ...] | None = None
+    """None = by the sizes of the dims, as `chunks` says"""
 
     @property
     def along(self) -> str | None:
@@ -65,6 +67,8 @@ def variables(observables: Sequence[str], metrics: Sequence[str], shared_batches
 
 def chunks(name: str, variable: Variable, sizes: Mapping[str, int]) -> tuple[int, ...]:
     """Chunk lengths: one chain to a chunk, and along draws and steps a length that does not depend on how many there are."""
+    if variable.chunks is not None:
+        return variable.chunks
     if variable.dims == (name,):  # a coordinate
         return (sizes[name],)
     row = 4

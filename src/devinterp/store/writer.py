@@ -61,9 +61,8 @@ class StoreWriter:
         try:
             root = zarr.create_group(made, zarr_format=3, attributes={"metadata": metadata, "completed": 0})
             for name, variable in variables.items():
-                _create_array(root, name, variable, sizes)
-            made.chmod(0o777 & ~_umask())
-            made.rename(path)
+                create_array(root, name, variable, sizes)
+            move_into_place(made, path)
         except BaseException:
             shutil.rmtree(made, ignore_errors=True)
             raise
@@ -125,7 +124,7 @@ class Rows:
         self._held[name].clear()
 
 
-def _create_array(root: zarr.Group, name: str, variable: Variable, sizes: Mapping[str, int]) -> None:
+def create_array(root: zarr.Group, name: str, variable: Variable, sizes: Mapping[str, int]) -> None:
     root.create_array(
         name,
         shape=tuple(sizes[dim] for dim in variable.dims),
@@ -159,6 +158,12 @@ def check_space(path: Path | None, variables: Mapping[str, Variable], sizes: Map
             "output_path, or take fewer draws or observable batches",
             str(folder),
         )
+
+
+def move_into_place(made: Path, path: Path) -> None:
+    """A folder that was made beside `path`, with the usual permissions instead of those of a temporary one."""
+    made.chmod(0o777 & ~_umask())
+    made.rename(path)
 
 
 def _umask() -> int:

@@ -1,0 +1,150 @@
+"""Bayesian influence functions: which sequences and tokens move together under the local posterior."""
+
+import inspect
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import xarray as xr
+from torch import nn
+
+from devinterp.errors import InputValueError, got
+from devinterp.slt.bif_blocks import Options, Sides
+from devinterp.slt.bif_results import of_queries, strongest, whole, write_whole
+from devinterp.slt.sampling import sample
+from devinterp.store.matrices import MatrixWriter
+from devinterp.store.reader import metadata_of
+from devinterp.store.samples import Samples, root_of, usable_chains
+from devinterp.store.traces import Traces, chosen_observables
+
+
+def bif(
+    model: nn.Module,
+    dataset: Any,
+    observables: Mapping[str, Any],
+    *,
+    lr: float | str,
+    n_beta: float,
+    bif_batch_size: int = 32,
+    bif_device: str | torch.device | None = None,
+    bif_output_path: str | os.PathLike[str] | None = None,
+    **settings: Any,
+) -> xr.Dataset:
+    """Sample around a checkpoint and compute influences in one call: `compute_bif(sample(...))`.
+
+    Args:
+        model, dataset, observables, lr, n_beta: as in `sample`; influences are those between the observables' sequences.
+        bif_batch_size, bif_device, bif_output_path: `batch_size`, `device` and `output_path` of `compute_bif`.
+        **settings: settings of `sample` and options of `compute_bif`.
+
+    Returns:
+        As `compute_bif`.
+    """
+    own = set(inspect.signature(compute_bif).parameters) - {"samples", "batch_size", "device", "output_path", "progress"}
+    options = {name: settings.pop(name) for name in own & set(settings)}
+    options |= {"batch_size": bif_batch_size, "device": bif_device, "output_path": bif_output_path}
+    Options(**options)  # so that a wrong one is said before the run
+    if isinstance(observables, Mapping) and not observables:
+        raise InputValueError(got("observables", observables, "at least one", "Try {'code': dataset}."))
+    samples = sample(model, dataset, observables, lr=lr, n_beta=n_beta, **{"on_diverged": "record"} | settings)
+    return compute_bif(samples, progress=settings.get("progress", True), **options)
+
+
+def compute_bif(
+    samples: Samples,
+    *,
+    correlation_method: str = "token",
+    reduce_chain_dimension_method: str = "stack",
+    loss_keys: str | Sequence[str] = "all",
+    batch_index_range_1: str | Sequence[int] = "all",
+    batch_index_range_2: str | Sequence[int] = "all",
+    average_tokenwise_bif: bool = False,
+    compute_covariance: bool = False,
+    batch_size: int = 32,
+    device: str | torch.device | None = None,
+    center: str = "all",
+    sign: str = "correlation",
+    queries: Sequence[Any] | None = None,
+    top_k: int | None = None,
+    output_path: str | os.PathLike[str] | None = None,
+    on_diverged: str = "raise",
+    progress: bool = True,
+) -> xr.Dataset:
+    """Influences between the observables' sequences or tokens, from what `sample()` returned or stored.
+
+        BIF(i, j) = -Cov[l_i(w), l_j(w)]          (Kreer et al. 2025, arXiv 2509.26544, eq. 5)
+
+    over the draws of all chains. As in devinterp 2.0 the default is **plus** the Pearson correlation; `compute_covariance`
+    and `sign="bif"` give the formula above. Observables are put one after another, in sorted order of their names or in the
+    order of `loss_keys`: `attrs["observables"]` has each one's first sequence.
+
+    Args:
+        samples: a DataTree (or its root dataset, or the path of a store).
+        correlation_method: "token" compares single losses, "sequence" the mean losses of sequences.
+        reduce_chain_dimension_method: "stack" takes every draw of every chain, "mean" the mean over chains at each draw.
+        loss_keys: observables to take, in this order; "all" = all, sorted.
+        batch_index_range_1, batch_index_range_2: numbers of the sequences of either side.
+        average_tokenwise_bif: mean of the token correlations of each pair of sequences; the mean of correlations, not the
+            correlation of means that "sequence" gives.
+        compute_covariance: covariances (N - 1), in nats squared.
+        batch_size: sequences per block, fewer where a block would pass 32 MiB. The result does not depend on it.
+        device: where to multiply; None = a GPU where there is one.
+        center: "all" takes each trace's mean over everything; "chain" over each chain, which leaves out differences of level
+            between chains.
+        sign: "correlation" (plus) or "bif" (minus).
+        queries: only the influence of everything in batch_index_range_1 on these: sequence numbers for "sequence",
+            pairs (sequence, target_position) for "token".
+        top_k: only the strongest entries by size, with their tokens, a token or sequence with itself left out and each pair
+            once; with `queries`, for every query.
+        output_path: write the result to this new Zarr store block by block, for results larger than memory.
+        on_diverged: "raise", or "drop" to leave out chains that diverged or failed.
+        progress: show a bar.
+
+    Returns:
+        Dataset with `influences` (batch_1, batch_2, target_position, target_position_T) for tokens, (batch_1, batch_2) for
+        sequences or averages; (query, batch_1[, target_position]) with `queries`; (pair) or (query, rank) with `top_k`, then
+        with the sequences, positions and tokens of each. `target_position` counts from 1: the loss there is that of
+        predicting `input_ids` at that position. `input_ids` (batch, position). Constant traces give NaN, counted in
+        `attrs["constant_traces"]`.
+
+    Raises:
+        DevinterpInputError: an option cannot be used.
+        ChainsUnusable: chains that diverged or failed (unless dropped) or are not finished.
+        StoreError: the samples lack what is needed.
+    """
+    options = Options(
+        correlation_method, reduce_chain_dimension_method, loss_keys, batch_index_range_1, batch_index_range_2,
+        average_tokenwise_bif, compute_covariance, batch_size, device, center, sign, queries, top_k, output_path, on_diverged,
+    )  # fmt: skip
+    ds = root_of(samples)
+    kept, dropped = usable_chains(ds, on_diverged)
+    ds = ds.isel(chain=kept)
+    names = chosen_observables(ds, "loss_keys", loss_keys)
+    traces = Traces.of(ds, names, correlation_method == "sequence", reduce_chain_dimension_method == "mean")
+    sides = Sides(traces, options)
+    if output_path is not None:
+        with MatrixWriter(output_path) as writer:
+            write_whole(sides, writer, progress)
+            writer.finish(_attributes(ds, sides, dropped), {"input_ids": traces.input_ids()})
+        return writer.open()
+    if top_k is not None:
+        result = strongest(sides, top_k, progress)
+    elif queries is not None:
+        result = of_queries(sides, progress)
+    else:
+        result = whole(sides, progress)
+    return result.assign(input_ids=traces.input_ids()).assign_attrs(_attributes(ds, sides, dropped))
+
+
+def _attributes(ds: xr.Dataset, sides: Sides, dropped: list[int]) -> dict[str, Any]:
+    told = metadata_of(ds)["config"]["sampler"] if "metadata" in ds.attrs else {}
+    measure = "covariance" if sides.options.compute_covariance else "correlation"
+    return {
+        "observables": dict(zip(sides.traces.names, sides.traces.starts, strict=False)),
+        "constant_traces": sides.num_constant,
+        "measure": measure + (", sign reversed" if sides.options.sign == "bif" else ""),
+        "num_chains_used": ds.sizes["chain"],
+        "dropped_chains": dropped,
+        **{name: told[name] for name in ("n_beta", "localization", "sampling_method") if name in told},
+    }

@@ -1,0 +1,186 @@
+"""The matrix of influences as blocks: both sides by sequence number, standardised a block at a time."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from devinterp.analysis.moments import Floats, products, spans, standardised
+from devinterp.engine.settings import choice, integer, switch
+from devinterp.errors import InputTypeError, InputValueError, StoreError, got
+from devinterp.store.matrices import check_new_path
+from devinterp.store.traces import Numbers, Traces
+
+BLOCK_BYTES = 2**25
+"""Bound on one block of the result; and on standardised traces, beyond which they are read again for each block"""
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of `compute_bif`, checked before anything is read."""
+
+    correlation_method: str = "token"
+    reduce_chain_dimension_method: str = "stack"
+    loss_keys: Any = "all"
+    batch_index_range_1: Any = "all"
+    batch_index_range_2: Any = "all"
+    average_tokenwise_bif: bool = False
+    compute_covariance: bool = False
+    batch_size: int = 32
+    device: Any = None
+    center: str = "all"
+    sign: str = "correlation"
+    queries: Any = None
+    top_k: int | None = None
+    output_path: Any = None
+    on_diverged: str = "raise"
+
+    def __post_init__(self) -> None:
+        choice("token", "sequence")("correlation_method", self.correlation_method)
+        choice("stack", "mean")("reduce_chain_dimension_method", self.reduce_chain_dimension_method)
+        choice("all", "chain")("center", self.center)
+        choice("correlation", "bif")("sign", self.sign)
+        choice("raise", "drop")("on_diverged", self.on_diverged)
+        switch("average_tokenwise_bif", self.average_tokenwise_bif)
+        switch("compute_covariance", self.compute_covariance)
+        integer(1)("batch_size", self.batch_size)
+        if self.top_k is not None:
+            integer(1)("top_k", self.top_k)
+        if self.average_tokenwise_bif and self.correlation_method == "sequence":
+            fix = "A sequence has one trace; take correlation_method='token'."
+            raise InputValueError(got("average_tokenwise_bif", True, "False with correlation_method='sequence'", fix))
+        if self.queries is not None and (self.average_tokenwise_bif or not _is_all(self.batch_index_range_2)):
+            fix = "For whole sequences take batch_index_range_2 without queries."
+            allowed = "None with average_tokenwise_bif or batch_index_range_2"
+            raise InputValueError(got("queries", self.queries, allowed, fix))
+        if self.output_path is not None:
+            if self.top_k is not None or self.queries is not None:
+                fix = "Such a result is small: write it with to_zarr."
+                raise InputValueError(got("output_path", str(self.output_path), "None with queries or top_k", fix))
+            check_new_path(self.output_path)
+        self.torch_device()
+
+    @property
+    def per_token(self) -> bool:
+        """Whether the result has an entry for single tokens."""
+        return self.correlation_method == "token" and not self.average_tokenwise_bif
+
+    def torch_device(self) -> torch.device:
+        if self.device is None:
+            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            return torch.empty(0, device=self.device).device
+        except (RuntimeError, TypeError, AssertionError) as error:
+            raise InputValueError(got("device", self.device, "'cpu' or an available GPU", "Try device=None.")) from error
+
+
+@dataclass
+class Sides:
+    """The two sides of the matrix of influences: sequences by number, and single traces of the second side for queries."""
+
+    traces: Traces
+    options: Options
+    constant: dict[int, npt.NDArray[np.bool_]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        options, traces = self.options, self.traces
+        self.groups = traces.groups if options.center == "chain" else 1
+        if traces.observations - self.groups < 1:
+            raise StoreError(
+                f"the samples have {traces.observations} observations of each loss in {self.groups} group(s): a covariance "
+                "needs more. Sample more draws."
+            )
+        self.rows = _sequence_numbers("batch_index_range_1", options.batch_index_range_1, traces.num_sequences)
+        self.columns = _sequence_numbers("batch_index_range_2", options.batch_index_range_2, traces.num_sequences)
+        self.query_positions: Numbers | None = None
+        if options.queries is not None:
+            self.columns, self.query_positions = _check_queries(options.queries, traces)
+        across = traces.length**2 if self.query_positions is None else traces.length
+        self.block = max(1, min(options.batch_size, int((BLOCK_BYTES / 4 / across) ** 0.5)))
+
+    @property
+    def num_constant(self) -> int:
+        return sum(int(flags.sum()) for flags in self.constant.values())
+
+    def blocks(self) -> Iterator[tuple[slice, slice, Floats]]:
+        """Pieces of the matrix: which rows and columns (as sequences or queries), and their traces' products."""
+        for rows in spans(len(self.rows), self.block):
+            left = self._load(self.rows[rows])
+            for columns in spans(len(self.columns), self.block):
+                product = products(left, self._column(columns), self.options.compute_covariance)
+                if self.options.sign == "bif":
+                    product.neg_()
+                yield rows, columns, product.float().cpu().numpy()
+
+    @property
+    def num_blocks(self) -> int:
+        return -(-len(self.rows) // self.block) * -(-len(self.columns) // self.block)
+
+    def _column(self, columns: slice) -> Tensor:
+        if self._kept_columns is not None:
+            step = 1 if self.query_positions is not None else self.traces.length
+            return self._kept_columns[columns.start * step : columns.stop * step]
+        return self._queried(self._load(self.columns[columns]), columns)
+
+    @cached_property
+    def _kept_columns(self) -> Tensor | None:
+        if len(self.columns) * self.traces.length * self.traces.observations * 4 > BLOCK_BYTES:
+            return None
+        return self._queried(self._load(self.columns), slice(None))
+
+    def _queried(self, loaded: Tensor, columns: slice) -> Tensor:
+        """Of whole sequences, the traces that were asked for."""
+        if self.query_positions is None:
+            return loaded
+        positions = torch.as_tensor(self.query_positions[columns], device=loaded.device)
+        return loaded.view(len(positions), self.traces.length, -1)[torch.arange(len(positions)), positions]
+
+    def _load(self, sequences: Numbers) -> Tensor:
+        read = torch.as_tensor(self.traces.read(sequences), device=self.options.torch_device())
+        if not torch.isfinite(read).all():
+            raise StoreError("the samples hold losses of observables that are not finite. Look at them; drop those chains.")
+        z, constant = standardised(read, self.options.compute_covariance, self.groups)
+        flags = constant.cpu().numpy().reshape(len(sequences), self.traces.length)
+        self.constant.update(zip(sequences.tolist(), flags, strict=True))
+        return z
+
+
+def _is_all(value: Any) -> bool:
+    return isinstance(value, str) and value == "all"
+
+
+def _sequence_numbers(argument: str, given: Any, count: int) -> Numbers:
+    if _is_all(given):
+        return np.arange(count)
+    allowed = f"'all' or a list of sequence numbers in [0, {count - 1}]"
+    try:
+        numbers = np.asarray(list(given))
+    except TypeError as error:
+        raise InputTypeError(got(argument, given, allowed, "Try range(10).")) from error
+    if numbers.ndim != 1 or not numbers.size or numbers.dtype.kind not in "iu":
+        raise InputTypeError(got(argument, given, allowed, "Try range(10)."))
+    if numbers.min() < 0 or numbers.max() >= count:
+        raise InputValueError(got(argument, given, allowed, f"The observables have {count} sequences in all."))
+    return numbers.astype(np.int64)
+
+
+def _check_queries(given: Any, traces: Traces) -> tuple[Numbers, Numbers | None]:
+    """Sequence numbers of the queries, and for tokens their positions from 0."""
+    if traces.sequence_level:
+        return _sequence_numbers("queries", given, traces.num_sequences), None
+    allowed = f"pairs (sequence in [0, {traces.num_sequences - 1}], target_position in [1, {traces.length}])"
+    try:
+        pairs = np.asarray([tuple(pair) for pair in given])
+    except (TypeError, ValueError) as error:
+        raise InputTypeError(got("queries", given, allowed, "Try [(0, 1)].")) from error
+    if pairs.ndim != 2 or pairs.shape[1] != 2 or pairs.dtype.kind not in "iu":
+        raise InputTypeError(got("queries", given, allowed, "Try [(0, 1)]."))
+    limits = (0, 1), (traces.num_sequences - 1, traces.length)
+    if (pairs < limits[0]).any() or (pairs > limits[1]).any():
+        raise InputValueError(got("queries", given, allowed, "target_position counts from 1."))
+    return pairs[:, 0].astype(np.int64), pairs[:, 1].astype(np.int64) - 1

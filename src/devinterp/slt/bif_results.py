@@ -1,0 +1,138 @@
+"""The forms in which influences are asked for: the whole matrix, that of a few queries, the strongest pairs."""
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import xarray as xr
+
+from devinterp.analysis.moments import Floats, Strongest
+from devinterp.engine.progress import Progress
+from devinterp.slt.bif_blocks import Sides
+from devinterp.store.matrices import MatrixWriter
+from devinterp.store.traces import Numbers
+
+
+def whole(sides: Sides, progress: bool) -> xr.Dataset:
+    """The matrix of all pairs, in memory."""
+    coords = _matrix_coords(sides)
+    shape = tuple(map(len, coords.values()))
+    _check_memory(shape)
+    values = np.empty(shape, dtype=np.float32)
+    for rows, columns, block in _matrix_blocks(sides, progress):
+        values[rows, columns] = block
+    return xr.Dataset({"influences": (tuple(coords), values)}, coords={dim: (dim, at) for dim, at in coords.items()})
+
+
+def write_whole(sides: Sides, writer: MatrixWriter, progress: bool) -> None:
+    """The matrix of all pairs, block by block to a store."""
+    coords = _matrix_coords(sides)
+    writer.create("influences", coords, (sides.block, sides.block, *map(len, list(coords.values())[2:])))
+    for rows, columns, block in _matrix_blocks(sides, progress):
+        writer.write(rows, columns, block)
+
+
+def _matrix_coords(sides: Sides) -> dict[str, Numbers]:
+    coords: dict[str, Numbers] = {"batch_1": sides.rows, "batch_2": sides.columns}
+    if not sides.options.per_token:
+        return coords
+    positions = np.arange(1, sides.traces.length + 1)
+    return coords | {"target_position": positions, "target_position_T": positions}
+
+
+def _matrix_blocks(sides: Sides, progress: bool) -> Iterator[tuple[slice, slice, Floats]]:
+    length = sides.traces.length
+    with Progress(sides.num_blocks, "influences", progress) as bar:
+        for rows, columns, product in sides.blocks():
+            pairs = product.reshape(rows.stop - rows.start, length, -1, length)
+            yield rows, columns, pairs.transpose(0, 2, 1, 3) if sides.options.per_token else _averaged(pairs)
+            bar.update()
+
+
+def _averaged(pairs: Floats) -> Floats:
+    """Mean over the tokens of both sequences, from (rows, token, columns, token)."""
+    return np.asarray(pairs.mean((1, 3), dtype=np.float64), dtype=np.float32)
+
+
+def of_queries(sides: Sides, progress: bool) -> xr.Dataset:
+    """The influence of every trace of the first side on each query."""
+    per_token = sides.query_positions is not None
+    values = np.empty((len(sides.columns), len(sides.rows), sides.traces.length), dtype=np.float32)
+    with Progress(sides.num_blocks, "influences", progress) as bar:
+        for rows, columns, product in sides.blocks():
+            values[columns, rows] = product.T.reshape(columns.stop - columns.start, rows.stop - rows.start, -1)
+            bar.update()
+    dims = ("query", "batch_1", "target_position") if per_token else ("query", "batch_1")
+    result = xr.Dataset(
+        {"influences": (dims, values if per_token else values[..., 0])},
+        coords={"batch_1": sides.rows, "query_batch": ("query", sides.columns)},
+    )
+    if sides.query_positions is None:
+        return result
+    positions = np.arange(1, sides.traces.length + 1)
+    return result.assign_coords(target_position=positions, query_target_position=("query", sides.query_positions + 1))
+
+
+def strongest(sides: Sides, top_k: int, progress: bool) -> xr.Dataset:
+    """The entries of largest size: of the matrix, or for each query."""
+    length = sides.traces.length if sides.options.per_token else 1
+    if sides.options.queries is None:
+        found = [Strongest.none(top_k)]
+        for rows, columns, product in _matrix_blocks(sides, progress):
+            row_ids, column_ids = _trace_numbers(sides.rows[rows], length), _trace_numbers(sides.columns[columns], length)
+            block = product.transpose(0, 2, 1, 3) if sides.options.per_token else product
+            matrix = block.reshape(len(row_ids), len(column_ids))
+            found[0].add(_without_repeats(sides, matrix, row_ids, column_ids, length), row_ids, column_ids)
+        return _table(sides, found, length, ("pair",))
+    found = [Strongest.none(top_k) for _ in sides.columns]
+    at = np.zeros_like(sides.columns) if sides.query_positions is None else sides.query_positions
+    query_ids = sides.columns * length + at
+    with Progress(sides.num_blocks, "influences", progress) as bar:
+        for rows, columns, product in sides.blocks():
+            row_ids = _trace_numbers(sides.rows[rows], length)
+            others = np.where(row_ids[:, None] == query_ids[columns], np.float32(np.nan), product)
+            for number in range(columns.start, columns.stop):
+                found[number].add(others[:, [number - columns.start]], row_ids, query_ids[[number]])
+            bar.update()
+    return _table(sides, found, length, ("query", "rank"))
+
+
+def _without_repeats(sides: Sides, block: Floats, rows: Numbers, columns: Numbers, length: int) -> Floats:
+    """NaN for traces with themselves, and for pairs that stand in the matrix the other way round too."""
+    mirrored = np.isin(columns // length, sides.rows)[None, :] & np.isin(rows // length, sides.columns)[:, None]
+    repeated = (rows[:, None] > columns[None, :]) & mirrored | (rows[:, None] == columns[None, :])
+    return np.where(repeated, np.float32(np.nan), block)
+
+
+def _table(sides: Sides, found: list[Strongest], length: int, dims: tuple[str, ...]) -> xr.Dataset:
+    """The strongest entries as a table, with the sequences, positions and tokens that they stand for."""
+    ids = sides.traces.input_ids().values
+    size = max(len(best.values) for best in found)
+
+    def column(values: list[npt.NDArray[Any]], fill: Any) -> tuple[tuple[str, ...], npt.NDArray[Any]]:
+        padded = np.stack([np.concatenate([v, np.full(size - len(v), fill, v.dtype)]) for v in values])
+        return dims, padded if len(dims) == 2 else padded[0]
+
+    table = {"influences": column([best.values for best in found], np.nan)}
+    for suffix, numbers in (("1", [b.rows for b in found]), ("2", [b.columns for b in found])):
+        table[f"batch_{suffix}"] = column([n // length for n in numbers], -1)
+        if sides.options.per_token:
+            ending = "" if suffix == "1" else "_T"
+            table[f"target_position{ending}"] = column([n % length + 1 for n in numbers], -1)
+            table[f"token{ending}"] = column([ids[n // length, n % length + 1] for n in numbers], -1)
+    return xr.Dataset(table)
+
+
+def _trace_numbers(sequences: Numbers, length: int) -> Numbers:
+    return (sequences[:, None] * length + np.arange(length)).ravel()
+
+
+def _check_memory(shape: tuple[int, ...]) -> None:
+    needed = 4 * int(np.prod(shape, dtype=np.int64))
+    if "SC_PHYS_PAGES" in os.sysconf_names and needed > 0.9 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
+        raise MemoryError(
+            f"the influences of shape {shape} take {needed / 2**30:.1f} GiB, more than this machine's memory. Pass "
+            "output_path to write them block by block, or ask for queries, top_k or a smaller batch_index_range."
+        )

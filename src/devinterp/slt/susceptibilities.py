@@ -1,0 +1,257 @@
+"""Susceptibilities: how a component of a network responds to each token."""
+
+import logging
+import os
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import xarray as xr
+from torch import Tensor, nn
+
+from devinterp.engine.progress import Progress
+from devinterp.engine.settings import choice, settings_of, switch
+from devinterp.engine.tokens import stored_name
+from devinterp.errors import ChainsUnusable, InputTypeError, InputValueError, got
+from devinterp.slt.running import Inputs, Request, num_rows, run
+from devinterp.slt.suites import FULL, Suite, moments_of, table
+from devinterp.slt.weight_restrictions import create_param_masks
+from devinterp.store.reader import metadata_of
+from devinterp.store.samples import Samples, root_of, usable_chains
+
+logger = logging.getLogger("devinterp")
+
+
+def susceptibilities(
+    model: nn.Module,
+    dataset: Any,
+    observables: Mapping[str, Any],
+    weight_restrictions: Mapping[str, Any],
+    *,
+    sampling_task: str,
+    lr: float | str,
+    n_beta: float,
+    loss_fn: Callable[[nn.Module, Tensor], Tensor] | None = None,
+    include_sampling_task: bool = False,
+    estimator: str = "two_chain",
+    standardize: bool = False,
+    mean_over: str | None = None,
+    on_diverged: str = "raise",
+    output_path: str | os.PathLike[str] | None = None,
+    device: str | torch.device | None = None,
+    progress: bool = True,
+    **settings: Any,
+) -> xr.DataTree:
+    """Sample once for the whole model and once for every restriction, and compute the susceptibilities.
+
+    Asked for again with the same `output_path`, what is stored is not sampled again: an interrupted suite goes on where it
+    stopped. A restriction that fails is warned about and listed in `attrs["failed"]`; the others go on. With `lr="auto"` the
+    step size is chosen on the whole model, where curvature is largest, and taken for every restriction.
+
+    Args:
+        model, dataset, observables, lr, n_beta, loss_fn, device: as in `sample`.
+        weight_restrictions: name -> masks as `create_param_masks` returns them, None for the whole model, or a restriction
+            such as "l0h1" or ["l0h1", "l0 mlp"]. Must hold "full".
+        sampling_task: the observable whose mean loss is L: more sequences of the sampling data.
+        include_sampling_task: also the susceptibilities to the tokens of the sampling task itself.
+        estimator, standardize, mean_over: as in `compute_susceptibilities`.
+        on_diverged: "raise" counts a restriction with a diverged chain as failed; "drop" goes on without the chain.
+        output_path: the run of restriction R is stored at `<stem>_R<suffix>`; None = temporary.
+        progress: one bar over all runs.
+        **settings: settings of `sample`.
+
+    Returns:
+        As `compute_susceptibilities`, with `attrs["failed"]`: restriction -> reason.
+
+    Raises:
+        DevinterpInputError: an argument cannot be used; before any chain starts and before any file is made.
+        RunMismatchError: one of the paths holds another run.
+        DevinterpError: the run of the whole model failed, or every restriction did.
+    """
+    options = Options(estimator, standardize, mean_over, on_diverged)
+    if "param_masks" in settings:
+        fix = "Restrictions come from weight_restrictions."
+        raise InputTypeError(got("param_masks", settings["param_masks"], "absent", fix))
+    masks = _check_restrictions(model, weight_restrictions)
+    _check_task(observables, sampling_task, switch("include_sampling_task", include_sampling_task))
+    chosen = settings_of(lr=lr, n_beta=n_beta, **settings)
+    inputs = Inputs.of(model, dataset, observables, chosen, device=device, loss_fn=loss_fn)
+    requests = {name: Request.of(inputs, masks[name], _path_of(output_path, name)) for name in masks}
+    _check_stored(requests)
+    with Progress(len(requests) * num_rows(inputs), FULL, progress) as bar:
+        runs, failed = _run_all(requests, options, bar)
+    if failed:
+        listed = "; ".join(f"{name}: {reason}" for name, reason in failed.items())
+        warnings.warn(f"{len(failed)} of {len(requests)} restrictions failed and are left out. {listed}", stacklevel=2)
+    result = compute_susceptibilities(
+        runs, sampling_task, include_sampling_task=include_sampling_task, estimator=estimator, standardize=standardize,
+        mean_over=mean_over, on_diverged=on_diverged,
+    )  # fmt: skip
+    result.attrs["failed"] = failed
+    return result
+
+
+def compute_susceptibilities(
+    wr_map: Mapping[str, Samples],
+    sampling_task: str,
+    observable_names: Sequence[str] | None = None,
+    include_sampling_task: bool = False,
+    *,
+    estimator: str = "two_chain",
+    standardize: bool = False,
+    mean_over: str | None = None,
+    on_diverged: str = "raise",
+) -> xr.DataTree:
+    """Susceptibilities of components to tokens, from one run of the whole model and one per component.
+
+    With g = L - L(w0), L the mean loss on the sampling task, l the loss of one token, C the chains restricted to a component:
+
+        two_chain:  E_C[g L] - E_C[g l] - E_C[g] (E_full[L] - E_full[l])     (Baker et al. 2025, arXiv 2504.18274, app. C.4)
+        one_chain:  -Cov_C[g, l - L]                                         (the definition's own covariance, no second run)
+
+    Negative values are expression, positive ones suppression. **Raw two-chain values are not comparable across components**:
+    they carry a factor that depends on the component alone. `standardize=True` removes it. They also contain a term that is a
+    product of a number per component and a number per token, which can dominate principal components; one-chain values do not.
+
+    Args:
+        wr_map: restriction -> samples (a DataTree, its root dataset, or the path of a store); "full" for the whole model (may
+            be absent with estimator="one_chain").
+        sampling_task: the observable whose mean loss is L.
+        observable_names: observables whose tokens are asked about; None = all but the sampling task.
+        include_sampling_task: with observable_names=None, the sampling task too.
+        estimator: "two_chain" or "one_chain".
+        standardize: z-score of each component over all tokens; `sus_mean` and `sus_std` (wr) hold what was taken out.
+        mean_over: None keeps single tokens; "sequence" and "dataset" give means over the tokens of each sequence or
+            observable (taken after standardising): the response to a change of that data.
+        on_diverged: "raise", or "drop" to leave out chains that diverged or failed.
+
+    Returns:
+        DataTree with `/susceptibilities`: `sus` (sus_flat, wr) with coordinates `wr` (without "full"), `dataset_id`, `batch`,
+        `target_position` (from 1; those that remain with `mean_over`), in nats squared unless standardised; and `/context`:
+        `input_ids` (ctx_flat) with `dataset_id`, `batch`, `position`. `attrs["dataset_id_to_name"]` has the observables.
+
+    Raises:
+        DevinterpInputError: an argument cannot be used, or the runs differ in more than their masks.
+        ChainsUnusable: chains that diverged or failed (unless dropped) or are not finished.
+        StoreError: the samples lack what is needed.
+    """
+    options = Options(estimator, standardize, mean_over, on_diverged)
+    switch("include_sampling_task", include_sampling_task)
+    suite = Suite.of(
+        wr_map, sampling_task, observable_names, include_sampling_task, on_diverged, needs_full=estimator == "two_chain"
+    )
+    restricted = suite.restricted
+    if estimator == "one_chain":
+        found = [{name: m.one_chain() for name, m in moments_of(suite, wr).items()} for wr in restricted]
+    else:
+        full = moments_of(suite, FULL)
+        found = [{name: m.two_chain(full[name]) for name, m in moments_of(suite, wr).items()} for wr in restricted]
+    result = table(suite, found, options.standardize, options.mean_over)
+    result.attrs = {"estimator": estimator, "sampling_task": suite.task, "standardize": standardize, **suite.told()}
+    return result
+
+
+@dataclass(frozen=True)
+class Options:
+    """What both calls take, checked."""
+
+    estimator: str
+    standardize: bool
+    mean_over: str | None
+    on_diverged: str
+
+    def __post_init__(self) -> None:
+        choice("two_chain", "one_chain")("estimator", self.estimator)
+        choice("raise", "drop")("on_diverged", self.on_diverged)
+        switch("standardize", self.standardize)
+        if self.mean_over is not None:
+            choice("sequence", "dataset")("mean_over", self.mean_over)
+
+
+def _run_all(requests: Mapping[str, Request], options: Options, bar: Progress) -> tuple[dict[str, Samples], dict[str, str]]:
+    """The run of the whole model, then every restriction's at its step size; what failed, and why."""
+    bar.describe(f"{FULL} (1 of {len(requests)})")
+    full = run(requests[FULL], bar)
+    usable_chains(root_of(full), options.on_diverged)
+    runs: dict[str, Samples] = {FULL: full}
+    failed: dict[str, str] = {}
+    lr = metadata_of(full)["step_size"]["lr"]
+    for number, (name, request) in enumerate(((n, r) for n, r in requests.items() if n != FULL), start=2):
+        bar.describe(f"{name} ({number} of {len(requests)})")
+        due = bar.done + num_rows(request.inputs)
+        try:
+            made = run(_at_step_size(request, lr), bar, probe=False)
+            usable_chains(root_of(made), options.on_diverged)
+            runs[name] = made
+        except Exception as error:  # whatever it is, the other restrictions are not lost
+            failed[name] = f"{type(error).__name__}: {error}"
+            logger.warning("restriction %s failed: %s", name, failed[name])
+        bar.skip(max(0, due - bar.done) if name in failed else 0)
+    if len(runs) == 1:
+        raise ChainsUnusable("every restriction failed. " + "; ".join(f"{n}: {reason}" for n, reason in failed.items()))
+    return runs, failed
+
+
+def _at_step_size(request: Request, lr: float) -> Request:
+    inputs = request.inputs
+    if inputs.settings.lr != "auto":
+        return request
+    return replace(request, inputs=replace(inputs, settings=replace(inputs.settings, lr=lr)))
+
+
+def _check_restrictions(model: nn.Module, given: Any) -> dict[str, Any]:
+    """Masks by name, the whole model first."""
+    if not isinstance(given, Mapping):
+        raise InputTypeError(got("weight_restrictions", given, "a dict: name -> masks", "Try {'full': None, 'l0h0': 'l0h0'}."))
+    if FULL not in given:
+        fix = "Add 'full': None, the whole model."
+        raise InputValueError(got("weight_restrictions", list(given), "a dict that holds 'full'", fix))
+    if len(given) < 2:
+        raise InputValueError(got("weight_restrictions", list(given), "'full' and at least one more", "Try 'l0h0': 'l0h0'."))
+    seen: dict[str, str] = {}
+    for name in given:
+        if not isinstance(name, str) or not name.strip() or len(name) > 100 or any(c in name for c in "/\\\0"):
+            fix = "It becomes part of a file name. Try 'l0h0'."
+            raise InputValueError(got("weight_restrictions", name, "a name of up to 100 characters without slashes", fix))
+        if (folded := name.casefold()) in seen:
+            raise InputValueError(f"weight_restrictions: {name!r} and {seen[folded]!r} would share a file. Rename one of them.")
+        seen[folded] = name
+    masks = {}
+    for name in (FULL, *(name for name in given if name != FULL)):
+        value = given[name]
+        masks[name] = create_param_masks(model, value) if isinstance(value, str | list) else value
+    return masks
+
+
+def _check_task(observables: Any, task: Any, include_sampling_task: bool) -> None:
+    known = list(observables) if isinstance(observables, Mapping) else observables
+    stored = {stored_name(name) for name in observables} if isinstance(observables, Mapping) else set()
+    if not isinstance(task, str) or stored_name(task) not in stored:
+        fix = "Add the sampling data under this name, for example {'pile': (tokens, 10), ...}."
+        raise InputValueError(got("sampling_task", task, f"one of the observables {known}", fix))
+    if len(stored) == 1 and not include_sampling_task:
+        fix = "Add an observable, or pass include_sampling_task=True."
+        raise InputValueError(got("observables", known, "at least one besides the sampling task", fix))
+
+
+def _path_of(output_path: Any, name: str) -> Any:
+    """`<stem>_<name><suffix>`; what is no path is left for the run's own check to refuse."""
+    if not isinstance(output_path, str | os.PathLike):
+        return output_path
+    stem, suffix = os.path.splitext(os.fspath(output_path))
+    return f"{stem}_{name}{suffix}"
+
+
+def _check_stored(requests: Mapping[str, Request]) -> None:
+    """Refuse other runs at any of the paths before the first chain starts."""
+    full = requests[FULL].stored()
+    lr = None if full is None else metadata_of(full)["step_size"]["lr"]
+    for name, request in requests.items():
+        if name == FULL or request.path is None or not request.path.exists():
+            continue
+        if lr is None and request.inputs.settings.lr == "auto":
+            fix = f"The run of the whole model, which chooses its step size, is missing: {requests[FULL].path}."
+            raise InputValueError(got("output_path", str(request.path), "new, or part of a stored suite", fix))
+        (_at_step_size(request, lr) if lr is not None else request).stored()

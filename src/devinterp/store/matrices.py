@@ -1,0 +1,72 @@
+"""Results larger than memory, written block by block; they appear at their path only when they are whole."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import xarray as xr
+import zarr
+
+from devinterp.errors import InputValueError, got
+from devinterp.store.reader import open_store
+from devinterp.store.schema import Variable
+from devinterp.store.writer import check_output_path, check_space, create_array, move_into_place
+
+
+def check_new_path(output_path: Any) -> Path:
+    """A path at which nothing is yet."""
+    path = check_output_path(output_path)
+    assert path is not None
+    if path.exists():
+        raise InputValueError(got("output_path", str(path), "new", "Something is there; nothing was changed. Choose another."))
+    return path
+
+
+class MatrixWriter:
+    """One matrix with its coordinates. Until `finish` it lies beside its path, and is removed when anything goes wrong."""
+
+    def __init__(self, output_path: str | os.PathLike[str]):
+        self.path = check_new_path(output_path)
+
+    def __enter__(self) -> Self:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._made = Path(tempfile.mkdtemp(prefix=f".{self.path.name[:64]}.", dir=self.path.parent))
+        self._root = zarr.create_group(self._made, zarr_format=3, overwrite=True)
+        return self
+
+    def create(self, name: str, coords: Mapping[str, np.ndarray[Any, Any]], chunks: tuple[int, ...]) -> None:
+        """The array `name` with these coordinates, which are its dims."""
+        sizes = {dim: len(values) for dim, values in coords.items()}
+        described = Variable(tuple(coords), "float32", name, chunks=chunks)
+        check_space(self.path, {name: described}, sizes)
+        create_array(self._root, name, described, sizes)
+        self._array: Any = self._root[name]
+        for dim, values in coords.items():
+            self._add(dim, (dim,), values)
+
+    def write(self, rows: slice, columns: slice, block: np.ndarray[Any, Any]) -> None:
+        self._array[rows, columns] = block
+
+    def finish(self, attributes: Mapping[str, Any], arrays: Mapping[str, xr.DataArray]) -> None:
+        """The last writes, then the rename."""
+        for name, array in arrays.items():
+            self._add(name, tuple(map(str, array.dims)), array.values)
+        self._root.attrs.update(dict(attributes))
+        move_into_place(self._made, self.path)
+
+    def open(self) -> xr.Dataset:
+        return open_store(self.path).to_dataset()
+
+    def _add(self, name: str, dims: tuple[str, ...], values: np.ndarray[Any, Any]) -> None:
+        described = Variable(dims, str(values.dtype), name, chunks=values.shape)
+        create_array(self._root, name, described, dict(zip(dims, values.shape, strict=True)))
+        array: Any = self._root[name]
+        array[...] = values
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        shutil.rmtree(self._made, ignore_errors=True)

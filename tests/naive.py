@@ -1,0 +1,62 @@
+"""Slow, obvious versions, one number at a time."""
+
+import numpy as np
+import xarray as xr
+
+
+def covariance(a: np.ndarray, b: np.ndarray) -> float:
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    return float(((a - a.mean()) * (b - b.mean())).sum() / (len(a) - 1))
+
+
+def correlation(a: np.ndarray, b: np.ndarray) -> float:
+    return covariance(a, b) / (covariance(a, a) * covariance(b, b)) ** 0.5
+
+
+def loss_traces(ds: xr.Dataset, names: list[str], reduce: str = "stack") -> np.ndarray:
+    """Losses of all sequences of the observables, shape (batch, token_pos, observation)."""
+    found = []
+    for name in names:
+        losses = ds[f"loss_{name}"].values.astype(np.float64)  # chain, draw, batch, token_pos
+        losses = losses.mean(0, keepdims=True) if reduce == "mean" else losses
+        for b in range(losses.shape[2]):
+            found.append([[losses[c, d, b, t] for c in range(len(losses)) for d in range(losses.shape[1])]
+                          for t in range(losses.shape[3])])  # fmt: skip
+    return np.asarray(found)
+
+
+def token_influences(traces: np.ndarray, rows: list[int], columns: list[int], measure=correlation) -> np.ndarray:
+    length = traces.shape[1]
+    return np.array([
+        [[[measure(traces[i, t], traces[j, s]) for s in range(length)] for t in range(length)] for j in columns] for i in rows
+    ])  # fmt: skip
+
+
+def sequence_influences(traces: np.ndarray, rows: list[int], columns: list[int], measure=correlation) -> np.ndarray:
+    return np.array([[measure(traces[i].mean(0), traces[j].mean(0)) for j in columns] for i in rows])
+
+
+def susceptibility(restricted: xr.Dataset, full: xr.Dataset, task: str, observable: str, estimator: str) -> np.ndarray:
+    """Draw by draw, token by token: shape (batch, token_pos)."""
+    baseline = float(restricted[f"init_loss_{task}"].astype(float).mean())
+    tokens = restricted[f"loss_{observable}"].shape[2:]
+    result = np.zeros(tokens)
+    for b in range(tokens[0]):
+        for t in range(tokens[1]):
+            gL, gl, g, L, token_loss = [], [], [], [], []
+            for c in range(restricted.sizes["chain"]):
+                for d in range(restricted.sizes["draw"]):
+                    mean_loss = float(restricted[f"loss_{task}"][c, d].astype(float).mean())
+                    loss = float(restricted[f"loss_{observable}"][c, d, b, t])
+                    gL.append((mean_loss - baseline) * mean_loss)
+                    gl.append((mean_loss - baseline) * loss)
+                    g.append(mean_loss - baseline)
+                    L.append(mean_loss)
+                    token_loss.append(loss)
+            if estimator == "two_chain":
+                full_L = float(full[f"loss_{task}"].astype(float).mean())
+                full_l = float(full[f"loss_{observable}"][:, :, b, t].astype(float).mean())
+                result[b, t] = np.mean(gL) - np.mean(gl) - np.mean(g) * (full_L - full_l)
+            else:
+                result[b, t] = -covariance(np.array(g), np.array(token_loss) - np.array(L))
+    return result
