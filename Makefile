@@ -12,8 +12,9 @@ help:  ## list the commands
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-demo: .venv/.installed  ## train a small model on Python's own source and follow its LLC (about 5 minutes)
+demo: .venv/.installed  ## train a small model on Python's own source: LLC over training, influences, susceptibilities (5 minutes)
 	$(BIN)/python examples/training_run.py
+	$(BIN)/python examples/code_and_prose.py
 
 test: lint  ## lint, types and the tests that run in minutes
 	$(BIN)/python -m pytest

@@ -83,7 +83,11 @@ def paired_by_hand(model, path: str) -> tuple[float, str, str]:
 
     from devinterp.analysis.uncertainty import rhat, standard_error
 
-    ds = xr.open_datatree(path, engine="zarr", consolidated=False).to_dataset().isel(step=slice(SETTINGS["num_burnin_steps"], None))
+    ds = (
+        xr.open_datatree(path, engine="zarr", consolidated=False)
+        .to_dataset()
+        .isel(step=slice(SETTINGS["num_burnin_steps"], None))
+    )
     ids = torch.as_tensor(ds.sampling_input_ids_micro.values)  # chain, step, batch, token
     model.eval()
     with torch.no_grad():

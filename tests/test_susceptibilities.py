@@ -41,7 +41,9 @@ def test_against_a_draw_by_draw_version(runs, estimator, monkeypatch):
     for wr in ("mix", "out"):
         for number, (name, count) in enumerate((("a_b", 6), ("b", 3))):
             expected = susceptibility(runs[wr], runs["full"], "pile", name, estimator)
-            np.testing.assert_allclose(column(tree, wr, number, (count, 5)), expected, rtol=1e-5, atol=1e-8 * np.abs(expected).max())
+            np.testing.assert_allclose(
+                column(tree, wr, number, (count, 5)), expected, rtol=1e-5, atol=1e-8 * np.abs(expected).max()
+            )
 
 
 def test_the_table_says_where_each_value_belongs(runs):
@@ -115,7 +117,9 @@ def test_exact_on_a_quadratic_and_its_sign():
     truth = np.array([0.5 * float(torch.trace(H @ S @ (H - A[i][moved][:, moved]) @ S)) for i in ids])
 
     def estimates(estimator, full, some):
-        return column(devinterp.compute_susceptibilities({"full": full, "some": some}, "task", estimator=estimator), "some", 0, (n,))
+        return column(
+            devinterp.compute_susceptibilities({"full": full, "some": some}, "task", estimator=estimator), "some", 0, (n,)
+        )
 
     parts = [slice(start, start + 100) for start in range(0, draws, 100)]
     for estimator in ("one_chain", "two_chain"):
@@ -149,7 +153,9 @@ def test_the_step_size_is_chosen_on_the_whole_model(tmp_path):
     chosen = SHORT | {"lr": "auto", "sampling_method": "leimkuhler_matthews", "output_path": tmp_path / "suite"}
     first = devinterp.susceptibilities(TinyLM(), DATA, OBSERVABLES, MASKS, sampling_task="pile", **chosen)
     sizes = {
-        name: xr.open_datatree(tmp_path / f"suite_{name}", engine="zarr", consolidated=False).attrs["metadata"]["step_size"]["lr"]
+        name: xr.open_datatree(tmp_path / f"suite_{name}", engine="zarr", consolidated=False).attrs["metadata"]["step_size"][
+            "lr"
+        ]
         for name in MASKS
     }
     assert len(set(sizes.values())) == 1
@@ -241,7 +247,9 @@ def test_bad_inputs(change, message, tmp_path):
 def test_another_run_at_one_of_the_paths_is_refused_before_the_first_chain(tmp_path):
     devinterp.sample(TinyLM(), DATA, OBSERVABLES, param_masks=MASKS["mix"], output_path=tmp_path / "s_out", **SHORT)
     with pytest.raises(RunMismatchError, match="param_masks"):
-        devinterp.susceptibilities(TinyLM(), DATA, OBSERVABLES, MASKS, sampling_task="pile", output_path=tmp_path / "s", **SHORT)
+        devinterp.susceptibilities(
+            TinyLM(), DATA, OBSERVABLES, MASKS, sampling_task="pile", output_path=tmp_path / "s", **SHORT
+        )
     assert [p.name for p in tmp_path.iterdir()] == ["s_out"]
 
 

@@ -1,7 +1,7 @@
 """How `suite_2_0_1` was made: two small runs by devinterp 2.0.1, and what it computes from them.
 
-    python3 -m venv peer && peer/bin/pip install torch==2.13.0 devinterp==2.0.1
-    peer/bin/python tests/data/make_suite_2_0_1.py tests/data/suite_2_0_1
+python3 -m venv peer && peer/bin/pip install torch==2.13.0 devinterp==2.0.1
+peer/bin/python tests/data/make_suite_2_0_1.py tests/data/suite_2_0_1
 """
 
 import sys
@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from datasets import Dataset
+
 from devinterp.slt.bif import compute_bif
 from devinterp.slt.sampling import sample
 from devinterp.slt.susceptibilities import compute_susceptibilities
@@ -43,7 +44,11 @@ def main(folder: Path) -> None:
     for method in ("token", "sequence"):
         for reduce in ("stack", "mean"):
             for covariance in (False, True):
-                options = {"correlation_method": method, "reduce_chain_dimension_method": reduce, "compute_covariance": covariance}
+                options = {
+                    "correlation_method": method,
+                    "reduce_chain_dimension_method": reduce,
+                    "compute_covariance": covariance,
+                }
                 computed[f"{method} {reduce} {covariance}"] = compute_bif(runs["full"], device="cpu", **options).influences
     computed["average"] = compute_bif(runs["full"], average_tokenwise_bif=True, device="cpu").influences
     part = {"loss_keys": ["pile", "b"], "batch_index_range_1": [4, 0], "batch_index_range_2": [8, 1, 2]}

@@ -37,7 +37,7 @@ class Moments:
 
 
 def standardised(values: Doubles) -> tuple[Doubles, Doubles, Doubles]:
-    """z-scores of each column of (token, component), with its mean and standard deviation (ddof 0); NaN where it is constant."""
+    """z-scores of each column of (token, component), with their means and standard deviations (ddof 0); NaN if constant."""
     mean, deviation = values.mean(0), values.std(0)
     scale = np.where(values.max(0) > values.min(0), deviation, np.nan)
     return (values - mean) / scale, mean, deviation

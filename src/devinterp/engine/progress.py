@@ -17,7 +17,7 @@ class Progress:
 
     def __init__(self, total: int, description: str, enabled: bool = True):
         self.total, self.description, self.enabled, self.done = total, description, enabled, 0
-        self._started, self._said = time.monotonic(), time.monotonic()
+        self._started = self._said = time.monotonic()
         watched = sys.stderr.isatty() or "ipykernel" in sys.modules
         self._bar: Any = tqdm(total=total, desc=description) if enabled and watched else None
 
@@ -29,6 +29,8 @@ class Progress:
 
     def update(self, note: str = "") -> None:
         self.done += 1
+        if self.done == 1:
+            self._started = time.monotonic()  # what came before it tells nothing about the rest
         if self._bar is not None:
             self._bar.set_postfix_str(note, refresh=False)
             self._bar.update()
@@ -45,8 +47,8 @@ class Progress:
     def _say(self, note: str) -> None:
         self._said = time.monotonic()
         elapsed = self._said - self._started
-        left = elapsed / self.done * (self.total - self.done)
-        logger.info("%s: %d of %d, %.0f s left %s", self.description, self.done, self.total, left, note)
+        left = f"{elapsed / (self.done - 1) * (self.total - self.done):.0f} s left" if self.done > 1 else "begun"
+        logger.info("%s: %d of %d, %s %s", self.description, self.done, self.total, left, note)
 
     def __enter__(self) -> Self:
         return self

@@ -28,10 +28,13 @@ def plot_llc_over_training(
 
     figure = Figure(figsize=(7, 6.5), layout="constrained")
     above, below = figure.subplots(2, sharex=True)
+    # one colour for a name, in both panels
+    colours = {name: f"C{number}" for number, name in enumerate(dict.fromkeys([*losses, *llcs]))}
     for name, values in losses.items():
-        above.plot(steps, values, "o-", label=name, markersize=4)
+        above.plot(steps, values, "o-", label=name, markersize=4, color=colours[name])
     for name, (values, errors) in llcs.items():
-        below.errorbar(steps, values, yerr=[2 * error for error in errors], fmt="o-", capsize=3, label=name, markersize=4)
+        bars = [2 * error for error in errors]
+        below.errorbar(steps, values, yerr=bars, fmt="o-", capsize=3, label=name, markersize=4, color=colours[name])
     above.set_ylabel("loss (nats per token)")
     below.set_ylabel("local learning coefficient")
     below.set_xlabel("training step")

@@ -82,13 +82,21 @@ class Looker:
             shown = f"{path} ({type(self.modules[path]).__name__})"
             raise ProbeError(f"{shown} could not be run alone: {type(error).__name__}: {error}") from error
 
+    def again(self, path: str, draw: int) -> Run | None:
+        """Another draw; none where the module then fails or overflows."""
+        try:
+            run = self.probe(path, draw)
+        except ProbeError:
+            return None
+        return run if run.output.isfinite().all() else None
+
     def _mixers(self, path: str, run: Run, flat: bool) -> list[Found]:
         """The mixer of this module, or those of its children where it has none of its own."""
         kind = run.mixes(run.output)
         if not kind:
             return []
         module = self.modules[path]
-        heads = find_heads(run)
+        heads = find_heads(run, lambda draw: self.again(path, draw))
         inner = [kid for kid in self.kids(path) if kid in self.trace.calls and self._has_matrix(kid)]
         if heads is None:
             below = [self._inside(kid, path) for kid in inner]

@@ -4,7 +4,7 @@ A head is a slice of the input of the output projection whose first and last fea
 other slice needs. Too fine a split shares its queries, too coarse a one holds two: the finest valid split is the heads.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,8 @@ from torch import Tensor
 from devinterp.engine.discovery.masks import Mask, Parts, union
 from devinterp.engine.discovery.probe import Record, Run, noise
 from devinterp.engine.discovery.supports import Supports
+
+DRAWS = 5
 
 
 @dataclass(frozen=True)
@@ -56,17 +58,36 @@ class Heads:
     group_of: tuple[int, ...]
 
 
-def find_heads(run: Run) -> Heads | None:
-    """The heads of a mixer, or None where it has none that its output tells apart."""
+def find_heads(run: Run, again: Callable[[int], Run | None]) -> Heads | None:
+    """The heads of a mixer, or None where it has none that its output tells apart.
+
+    A clamp or a decay may saturate in one draw and hide what a head needs, or that heads share it. So a second draw, with
+    other vectors, completes and confirms what the first found; more draws do where heads then differ in size.
+    """
+    split = _finest(run)
+    for draw in range(1, DRAWS):
+        other = again(draw)
+        if split is None:  # perhaps all is saturated by the module's own vectors
+            split, other = _finest(other) if other is not None else None, run
+        if split is None:
+            return None
+        if other is not None:
+            split.complete(other)
+        if split.even():
+            break
+    return split.heads() if split is not None and split.confirmed() else None
+
+
+def _finest(run: Run) -> "Split | None":
     for first, output in _outputs(run):
         supports = Supports(run, skip={output.parameter})
         for count in range(len(output.last) // 2, 1, -1):
             if len(output.last) % count == 0:
                 split = Split(supports, output, count)
                 if split.plausible() and split.valid():
-                    return split.heads()
+                    return split
         if first and (single := Split(supports, output, 1)).single():
-            return single.heads()
+            return single
     return None
 
 
@@ -78,7 +99,7 @@ def _outputs(run: Run) -> Iterator[tuple[bool, Output]]:
             seen.add(record.path)
             yield len(seen) == 1, _of_record(run, record)
     for name, leaf in run.raw.items():
-        found = _of_parameter(run, name, leaf)
+        found = bare_output(run, name, leaf)
         if found is not None:
             yield not seen, found
 
@@ -91,8 +112,11 @@ def _of_record(run: Run, record: Record) -> Output:
     return Output(record.path, record.weight, record.bias, shape, record.axis, record.groups, last, every)
 
 
-def _of_parameter(run: Run, name: str, leaf: Tensor) -> Output | None:
-    """A parameter used as the last matrix: output = features x parameter, so its gradient is the features themselves."""
+def bare_output(run: Run, name: str, leaf: Tensor, sparse: bool = False) -> Output | None:
+    """A parameter used as the last matrix: output = features x parameter, so its gradient is the features themselves.
+
+    `sparse`: some features may be zero, as rectified ones are.
+    """
     if leaf.dim() < 2 or run.output.shape[-1] not in leaf.shape:
         return None
     feature = 1
@@ -105,7 +129,8 @@ def _of_parameter(run: Run, name: str, leaf: Tensor) -> Output | None:
         found.append(grad)
     for axis in (i for i, size in enumerate(leaf.shape) if size == run.output.shape[-1]):
         one = found[0].select(axis, feature)
-        if int((found[0] != 0).sum()) == one.numel() == int((one != 0).sum()):
+        count = int((one != 0).sum())
+        if int((found[0] != 0).sum()) == count and (count > 0 if sparse else one.numel() == count):
             lines = [grad.select(axis, feature).flatten() for grad in found]
             depends = torch.autograd.grad(lines[0].sum(), [run.x], retain_graph=True, allow_unused=True)[0]
             if depends is not None or run.y is not None:
@@ -119,7 +144,22 @@ class Split:
     def __init__(self, supports: Supports, output: Output, count: int):
         self.supports, self.output, self.count = supports, output, count
         self.width = len(output.last) // count
+        self.sources = [(supports, output)]
         self.asked: dict[tuple[int, str], tuple[Tensor, Tensor, dict[str, Tensor]]] = {}
+
+    def complete(self, run: Run) -> None:
+        """Add what the slices need in another run of the same module."""
+        parameter = self.output.parameter
+        output = next((output for _, output in _outputs(run) if output.parameter == parameter), None)
+        supports = Supports(run, skip={parameter})
+        if output is not None and supports.keys == self.supports.keys and len(output.last) == len(self.output.last):
+            self.sources.append((supports, output))
+            self.asked = {}
+            self._measure()
+
+    def confirmed(self) -> bool:
+        """What told the slices apart still does, in all runs together."""
+        return self.single() if self.count == 1 else self.valid()
 
     def plausible(self) -> bool:
         """What the first two slices show in three backward passes."""
@@ -128,33 +168,50 @@ class Split:
 
     def valid(self) -> bool:
         """Every slice has something that both its ends and no other slice need."""
-        self.whole = self._all("every") | self._all("whole")
-        self.both = self._all("first") & self._all("last")
+        self._measure()
         alone = self.whole.sum(0) == 1
         return bool((self.both & self.whole & alone).any(1).all())
 
+    def even(self) -> bool:
+        """Every slice needs as many indices of its own as the others."""
+        own = self.whole & (self.whole.sum(0) < self.count)
+        return len(set(own.sum(1).tolist())) == 1
+
     def single(self) -> bool:
         """One head: some matrix rows serve both ends (q, k), others one feature each, at other tokens (v)."""
+        self._measure()
+        matrix = self._is_matrix()
+        needed, far, first = self._of(0, "first")
+        _, _, last = self._of(0, "last")
+        bare = [name for name in first if name in last and sum(size > 1 for size in first[name].shape) > 1]
+        common = {name for name in bare if (first[name] & last[name]).any()}
+        apart = {name for name in bare if name not in common and far[self.supports.keys[name, 0]].any()}
+        one = needed & far & ~self._needs(0, "last") & matrix
+        return (bool((self.both & matrix).any()) or bool(common)) and (bool(one.any()) or bool(apart))
+
+    def _measure(self) -> None:
         self.whole = self._all("every") | self._all("whole")
         self.both = self._all("first") & self._all("last")
-        matrix = self._is_matrix()
-        one = (self._needs(0, "first") & self._of(0, "first")[1]) & ~self._needs(0, "last")
-        return bool((self.both & matrix).any()) and bool((one & matrix).any())
-
-    def _seed(self, head: int, which: str) -> Tensor:
-        start, stop = head * self.width, (head + 1) * self.width
-        if which == "first":
-            return self.output.last[start]
-        if which == "last":
-            return self.output.last[stop - 1]
-        line = (self.output.last if which == "whole" else self.output.every)[start:stop]
-        return line @ noise(line.shape, line.device)
 
     def _of(self, head: int, which: str) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """One backward pass per head and seed, which is what the whole search costs."""
+        """One backward pass per head, seed and run, which is what the whole search costs."""
         if (head, which) not in self.asked:
-            self.asked[head, which] = self.supports.of(self._seed(head, which))
+            found = [supports.of(self._seed(output, head, which)) for supports, output in self.sources]
+            elements: dict[str, Tensor] = {}
+            for _, _, some in found:
+                elements |= {name: touched | elements[name] if name in elements else touched for name, touched in some.items()}
+            needed, far = (torch.stack([one[i] for one in found]).any(0) for i in (0, 1))  # type: ignore[misc]
+            self.asked[head, which] = needed, far, elements
         return self.asked[head, which]
+
+    def _seed(self, output: Output, head: int, which: str) -> Tensor:
+        start, stop = head * self.width, (head + 1) * self.width
+        if which == "first":
+            return output.last[start]
+        if which == "last":
+            return output.last[stop - 1]
+        line = (output.last if which == "whole" else output.every)[start:stop]
+        return line @ noise(line.shape, line.device)
 
     def _needs(self, head: int, which: str) -> Tensor:
         return self._of(head, which)[0]

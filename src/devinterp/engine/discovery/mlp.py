@@ -1,14 +1,18 @@
 """Experts, from which of them one token reaches; neurons, from which rows each hidden feature needs."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from devinterp.engine.discovery.heads import bare_output
 from devinterp.engine.discovery.masks import Mask, Parts
-from devinterp.engine.discovery.probe import Record, Run, noise
+from devinterp.engine.discovery.probe import Run, noise
 from devinterp.engine.discovery.supports import Supports
+
+Rows = dict[tuple[str, int], tuple[tuple[int, ...], ...]]
+"""(parameter, axis) -> for each neuron its indices"""
 
 
 @dataclass(frozen=True)
@@ -16,8 +20,7 @@ class Units(Sequence[Parts]):
     """The neurons of a feed-forward part, made when asked for: there are thousands."""
 
     size: int
-    rows: dict[tuple[str, int], tuple[tuple[int, ...], ...]]
-    """(parameter, axis) -> for each neuron its indices"""
+    rows: Rows
     shapes: dict[str, tuple[int, ...]]
 
     def __len__(self) -> int:
@@ -88,54 +91,119 @@ def _listed(module: nn.Module, run: Run, names: set[str], seed: Tensor) -> tuple
     return ()
 
 
-def find_neurons(runs: Sequence[Run], names: set[str]) -> Units | None:
-    """Neurons: the input features of the last matrix to which rows of earlier matrices belong one to one."""
-    done: set[str] = set()
-    for record in reversed(runs[0].records):
-        if record.weight in names and record.groups == 1 and record.path not in done and record.input.requires_grad:
-            done.add(record.path)
-            units = _decoded(runs, record, names)
-            if units is not None:
-                return units
+@dataclass(frozen=True)
+class Down:
+    """The matrix out of the neurons: a module, or a bare parameter."""
+
+    name: str
+    path: str | None
+    columns: int
+    """the axis of the neurons"""
+    count: int
+
+    def features(self, run: Run) -> list[Tensor]:
+        """Its input, summed over tokens, one line per use."""
+        if self.path is not None:
+            return [run.at_tokens(record.input, last=False) for record in run.records if record.path == self.path]
+        output = bare_output(run, self.name, run.leaves[self.name], sparse=True)
+        return [] if output is None else [output.every]
+
+
+def find_neurons(run: Run, again: Callable[[int], Run], names: set[str]) -> Units | None:
+    """Neurons: the input features of a matrix to which rows of earlier matrices belong one to one.
+
+    Of several such matrices the widest counts: adapters and low-rank corrections are narrow.
+    """
+    best: Units | None = None
+    runs = [run]
+    for down in _downs(run, names):
+        if down.count > max(1, len(best or ())):
+            best = _decoded(runs, again, down, names) or best
+    return best
+
+
+def _downs(run: Run, names: set[str]) -> Iterator[Down]:
+    seen = set()
+    for record in run.records:
+        if record.weight in names and record.groups == 1 and record.input.requires_grad and record.weight not in seen:
+            seen.add(record.weight)
+            yield Down(record.weight, record.path, 1 - record.axis, record.input.shape[-1])
+    for name, leaf in run.raw.items():
+        if name in names and leaf.dim() == 2 and (output := bare_output(run, name, leaf, sparse=True)) is not None:
+            yield Down(name, None, 1 - output.rows, len(output.every))
+
+
+def _decoded(runs: list[Run], again: Callable[[int], Run], down: Down, names: set[str]) -> Units | None:
+    """Number the hidden features in binary: a row belongs to the feature whose bits the seeds that need it spell.
+
+    A rectifier lets each neuron through in some draws only.
+    """
+    supports = [Supports(run, only=names, skip={down.name}) for run in runs]
+    everything = torch.ones(down.count, dtype=torch.bool)
+    if not supports[0].keys or not _needed(runs[:1], supports[:1], down, everything).any():
+        return None
+    for draws in (2, 4):
+        while len(runs) < draws:
+            runs.append(again(len(runs)))
+        supports += [Supports(run, only=names, skip={down.name}) for run in runs[len(supports) :]]
+        if any(each.keys != supports[0].keys for each in supports):
+            return None
+        rows = _spelled(runs, supports, down)
+        matrices = [lines for (name, _), lines in rows.items() if runs[0].leaves[name].dim() > 1]
+        covered = {neuron for lines in matrices for neuron, line in enumerate(lines) if line}
+        if len(covered) == down.count and not _passed_by(runs[0], supports[0], down, rows):
+            rows[down.name, down.columns] = tuple((i,) for i in range(down.count))
+            return Units(down.count, rows, {name: tuple(runs[0].leaves[name].shape) for name, _ in rows})
+        if len(covered) == down.count or len(covered) < down.count / 2:
+            return None
     return None
 
 
-def _decoded(runs: Sequence[Run], down: Record, names: set[str]) -> Units | None:
-    """Number the hidden features in binary: a row belongs to the feature whose bits the seeds that need it spell."""
-    count = down.input.shape[-1]
-    bits = max(1, (count - 1).bit_length())
-    supports = [Supports(run, only=names, skip={down.weight}) for run in runs]
-    if count < 2 or not supports[0].records or any(s.size != supports[0].size for s in supports):
-        return None
+def _spelled(runs: Sequence[Run], supports: Sequence[Supports], down: Down) -> Rows:
+    """(parameter, axis) -> for each feature the indices that serve it alone."""
     code = torch.zeros(supports[0].size, dtype=torch.long)
     unique = torch.ones(supports[0].size, dtype=torch.bool)
-    for bit in range(bits):
-        on = torch.tensor([bool(i >> bit & 1) for i in range(count)])
-        one, zero = (_needed(runs, supports, down.path, chosen) for chosen in (on, ~on))
+    for bit in range((down.count - 1).bit_length()):
+        on = torch.tensor([bool(i >> bit & 1) for i in range(down.count)])
+        one, zero = (_needed(runs, supports, down, chosen) for chosen in (on, ~on))
         unique &= one ^ zero
         code += one.long() << bit
-    rows: dict[tuple[str, int], tuple[tuple[int, ...], ...]] = {}
-    covered = torch.zeros(count, dtype=torch.bool)
+    rows: Rows = {}
     for (name, axis), where in supports[0].keys.items():
-        if not any(name in (r.weight, r.bias) for r in supports[0].records) or not unique[where].any():
-            continue
-        lines: list[list[int]] = [[] for _ in range(count)]
-        for index in unique[where].nonzero().flatten().tolist():
-            if (neuron := int(code[where][index])) < count:
-                lines[neuron].append(index)
-                covered[neuron] = True
-        rows[name, axis] = tuple(map(tuple, lines))
-    if not covered.all():
-        return None
-    rows[down.weight, 1 - down.axis] = tuple((i,) for i in range(count))
-    return Units(count, rows, {name: tuple(runs[0].leaves[name].shape) for name, _ in rows})
+        if unique[where].any():
+            lines: list[list[int]] = [[] for _ in range(down.count)]
+            codes = code[where].tolist()
+            for index in unique[where].nonzero().flatten().tolist():
+                if codes[index] < down.count:
+                    lines[codes[index]].append(index)
+            rows[name, axis] = tuple(map(tuple, lines))
+    return rows
 
 
-def _needed(runs: Sequence[Run], supports: Sequence[Supports], path: str, chosen: Tensor) -> Tensor:
+def _passed_by(run: Run, supports: Supports, down: Down, rows: Rows) -> bool:
+    """Do the rows act otherwise than through the matrix out, as features of the residual stream do?"""
+    downs = [record for record in run.records if record.path == down.path]
+    records = [record for record in supports.records if (record.weight, record.axis) in rows]
+    if not downs or not records:
+        return False
+    seed = (run.output * noise(run.output.shape, run.output.device)).sum()
+    outputs = [record.output for record in records]
+    total = torch.autograd.grad(seed, outputs, retain_graph=True, materialize_grads=True)
+    after = torch.autograd.grad(seed, [record.output for record in downs], retain_graph=True, materialize_grads=True)
+    inputs = [record.input for record in downs]
+    before = torch.autograd.grad([record.output for record in downs], inputs, after, retain_graph=True, materialize_grads=True)
+    through = torch.autograd.grad(inputs, outputs, before, retain_graph=True, materialize_grads=True)
+    for record, whole, part in zip(records, total, through, strict=True):
+        mine = sorted({index for line in rows[record.weight, record.axis] for index in line})
+        if not torch.allclose(whole[..., mine], part[..., mine], rtol=1e-2, atol=1e-4 * float(whole.abs().max())):
+            return True
+    return False
+
+
+def _needed(runs: Sequence[Run], supports: Sequence[Supports], down: Down, chosen: Tensor) -> Tensor:
     needed = torch.zeros(supports[0].size, dtype=torch.bool)
     for run, support in zip(runs, supports, strict=True):
-        for record in run.records:
-            if record.path == path and chosen.any():
-                line = run.at_tokens(record.input, last=False)[chosen.to(record.input.device)]
-                needed |= support.of(line @ noise(line.shape, line.device))[0]
+        for features in down.features(run):
+            line = features[chosen.to(features.device)]
+            needed |= support.of(line @ noise(line.shape, line.device))[0]
     return needed

@@ -18,8 +18,8 @@ LEVELS = 8
 class consumers:
     """Within the context every backward pass notes the gradients at the parameters' first results with tokens."""
 
-    def __init__(self, output: Tensor, leaves: Mapping[str, Tensor], length: int):
-        self.length, self.handles = length, []  # type: ignore[var-annotated]
+    def __init__(self, output: Tensor, leaves: Mapping[str, Tensor], lengths: set[int]):
+        self.lengths, self.handles = lengths, []  # type: ignore[var-annotated]
         self.chains = {name: chain for name, leaf in leaves.items() if (chain := _chain(output, leaf))}
         self.seen: dict[Node, list[Tensor]] = {}
 
@@ -36,7 +36,7 @@ class consumers:
 
     def _note(self, node: Node) -> Any:
         def note(grads: tuple[Tensor | None, ...]) -> None:
-            self.seen[node] = [(grad != 0).cpu() for grad in grads if grad is not None and self.length in grad.shape]
+            self.seen[node] = [(grad != 0).cpu() for grad in grads if grad is not None and self.lengths & {*grad.shape}]
 
         return note
 

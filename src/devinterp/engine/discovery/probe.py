@@ -90,13 +90,17 @@ def token_axis(tensor: Tensor, length: int | None = None) -> int:
     return next((i for i, size in enumerate(sizes) if (size > 1 if length is None else size == length)), 0)
 
 
-def jittered(name: str, parameter: Tensor, seed: int) -> Tensor:
-    """Random float32 values: matrices anew; vectors, where decays and scales have a range to keep, around their own."""
-    made = torch.rand(parameter.shape, generator=torch.Generator().manual_seed(SEED + seed)).to(parameter.device)
+def jittered(name: str, parameter: Tensor, seed: int, draw: int) -> Tensor:
+    """Random float32 values: matrices anew; vectors, where decays and scales have a range to keep, around their own.
+
+    In every other draw vectors are new too, since their own may saturate something for good.
+    """
+    seed += SEED if parameter.dim() > 1 else SEED * (draw + 1)
+    made = torch.rand(parameter.shape, generator=torch.Generator().manual_seed(seed)).to(parameter.device)
     if parameter.dim() > 1:
         return (made - 0.5) * math.sqrt(12 / max(parameter.shape[-2:]))
     own = parameter.detach().float()
-    if not own.any() or not own.isfinite().all():
+    if draw % 2 or not own.any() or not own.isfinite().all():
         return made * 0.1 if name.endswith("bias") else made + 0.5
     return torch.where(own == 0, own.abs().mean(), own) * (made + 0.5)
 
@@ -122,7 +126,7 @@ def run(module: nn.Module, call: Call, draw: int = 0) -> Run:
     state: dict[str, Tensor] = {}
     leaves: dict[str, Tensor] = {}
     for index, (name, parameter) in enumerate(module.named_parameters()):
-        leaves[name] = state[name] = jittered(name, parameter, index).requires_grad_()
+        leaves[name] = state[name] = jittered(name, parameter, index, draw).requires_grad_()
     for name, buffer in module.named_buffers():
         state[name] = buffer.float() if buffer.is_floating_point() else buffer.clone()
     args, kwargs, x, y = _noisy(call, draw)

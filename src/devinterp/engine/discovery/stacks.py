@@ -17,7 +17,7 @@ def find_stacks(model: nn.Module, trace: Trace) -> dict[str, Blocks]:
         blocks = [
             f"{path}.{name}" if path else name
             for name, child in module.named_children()
-            if any(True for _ in child.parameters())
+            if any(True for _ in child.parameters()) and not isinstance(child, nn.Embedding)  # a list of tables is no stack
         ]
         if _is_stack(module) and blocks and any(block in trace.calls for block in blocks):
             lists[path] = blocks

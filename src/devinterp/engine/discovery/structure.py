@@ -16,11 +16,7 @@ from devinterp.engine.discovery.mlp import Units, find_experts, find_neurons
 from devinterp.engine.discovery.stacks import find_stacks
 from devinterp.engine.discovery.tables import find_tables
 from devinterp.engine.discovery.trace import quiet, trace
-from devinterp.errors import InputTypeError, InputValueError, got
-
-
-DRAWS = 4
-"""probes of a feed-forward part: a rectifier lets each neuron through in some of them"""
+from devinterp.errors import DevinterpInputError, InputTypeError, InputValueError, got
 
 
 @dataclass(frozen=True)
@@ -112,8 +108,15 @@ def structure(model: nn.Module, inputs: Tensor | Mapping[str, Any] | None = None
     for key in [(shapes, asked)] if inputs is not None else [key for key in known if key[0] == shapes]:  # type: ignore[index]
         if key in known:
             return known[key]
-    with quiet(model):
-        found = _Discovery(model, inputs).structure()
+    try:
+        with quiet(model):
+            found = _Discovery(model, inputs).structure()
+    except DevinterpInputError:
+        raise
+    except Exception as error:  # from the model's own code, run on noise
+        shown = f"{type(error).__name__}: {error}" if not isinstance(error, ProbeError) else str(error)
+        fix = "Select parameters by their names instead, which needs no discovery."
+        raise InputValueError(f"model: its components cannot be found: {shown}. {fix}") from error
     _CACHE[model] = {(shapes, asked): found}
     return found
 
@@ -138,11 +141,7 @@ class _Discovery:
 
     def structure(self) -> Structure:
         stacks = find_stacks(self.model, self.trace)
-        try:
-            layers = {path: tuple(self._layer(i, roots) for i, roots in enumerate(b)) for path, b in stacks.items()}
-        except ProbeError as error:
-            fix = "Select parameters by their names instead, which needs no discovery."
-            raise InputValueError(f"model: its components cannot be found: {error}. {fix}") from error
+        layers = {path: tuple(self._layer(i, roots) for i, roots in enumerate(b)) for path, b in stacks.items()}
         inside = {name for blocks in layers.values() for layer in blocks for name in layer.params}
         tables = find_tables(self.model, self.trace, stacks, inside)
         tables["unembed"] -= inside
@@ -199,39 +198,37 @@ class _Discovery:
         return Mixer(inner, found.kind, params, parts, heads.group_of, roles, o_path, names[heads.parameter], "att" in called)
 
     def _units(self, roots: list[str], looks: list[tuple[str, Look]]) -> tuple[tuple[Parts, ...], Sequence[Parts]]:
-        """Experts and neurons: in the last part that has them; of the whole block where they are spread over parts."""
+        """Experts, and the widest neurons: of one part of the block, or across parts."""
         experts: tuple[Parts, ...] = ()
-        neurons: Units | None = None
-        for path, look in reversed(looks):
-            if not look.mlp or path not in self.trace.calls:
-                continue
+        neurons: list[Units | None] = []
+        parts = [(path, look) for path, look in looks if look.mlp and path in self.trace.calls]
+        for path, look in parts:
             if id(look) not in self.units:
                 self.units[id(look)] = self._probed(path, look)
                 look.run = None  # the graph holds a copy of the parameters
             names = self._canonical(path)
             inner_experts, inner_neurons = self.units[id(look)]
             experts = experts or tuple(_renamed(expert, names) for expert in inner_experts)
-            neurons = neurons or (inner_neurons and inner_neurons.renamed(names))
-        if neurons is None and len(roots) == 1 and roots[0] in self.trace.calls and any(look.mlp for _, look in looks):
-            neurons = self._spread(roots[0], looks)
-        return experts, neurons if neurons is not None else ()
+            neurons.append(inner_neurons and inner_neurons.renamed(names))
+        if len(parts) > 1 and len(roots) == 1 and roots[0] in self.trace.calls:
+            neurons.append(self._spread(roots[0], looks))
+        return experts, max((units for units in neurons if units is not None), key=len, default=())
 
     def _probed(self, path: str, look: Look) -> tuple[tuple[Parts, ...], Units | None]:
         assert look.run is not None
         experts = find_experts(self.looker.modules[path], look.run, look.mlp)
         inside = {name for expert in experts for name in expert}
-        runs = [look.run, *(self.looker.probe(path, draw) for draw in range(1, DRAWS))]
-        return experts, find_neurons(runs, look.mlp - inside)
+        return experts, find_neurons(look.run, lambda draw: self.looker.probe(path, draw), look.mlp - inside)
 
     def _spread(self, root: str, looks: list[tuple[str, Look]]) -> Units | None:
         key = tuple(id(look) for _, look in looks)
         if key not in self.units:
             names = {f"{path}.{name}"[len(root) + 1 :] if path != root else name for path, look in looks for name in look.mlp}
             try:
-                runs = [self.looker.probe(root, draw) for draw in range(DRAWS)]
+                run = self.looker.probe(root)
             except ProbeError:
                 return None
-            self.units[key] = (), find_neurons(runs, names)
+            self.units[key] = (), find_neurons(run, lambda draw: self.looker.probe(root, draw), names)
         units = self.units[key][1]
         return units and units.renamed(self._canonical(root))
 

@@ -34,7 +34,8 @@ def find_tables(model: nn.Module, trace: Trace, stacks: dict[str, Blocks], insid
     for name, kind in outside.rows().items():
         found[kind].add(name)
     found["unembed"] |= outside.unembed(found["embed"])
-    if not found["unembed"] and looked_up:  # the table itself may be multiplied by, without a module of its own
+    if not found["unembed"] and looked_up and outside.logits is not None:
+        # a table may be multiplied by directly, without a module of its own
         outside = Outside(model, trace, stacks, inside, set())
         outside.run()
         found["unembed"] |= outside.unembed(found["embed"])

@@ -53,16 +53,18 @@ def quiet(model: nn.Module) -> Iterator[None]:
 
 def trace(model: nn.Module, inputs: Any) -> Trace:
     """Run the model on trial tokens, or on the caller's inputs."""
-    if inputs is not None:
-        feed = _given(inputs)
-        try:
-            return _traced(model, feed)
-        except Exception as error:
-            fix = "They are passed to the model as they are: a tensor as its first argument, a dict by name."
-            raise InputValueError(f"inputs: the model failed on them with {type(error).__name__}: {error}. {fix}") from error
     sizes = {size for p in model.parameters() for size in p.shape}
+    if inputs is not None:
+        given = _given(inputs)
+        for feed in (_short(given, sizes), given):
+            try:
+                return _traced(model, feed)
+            except Exception as error:
+                failed = error
+        fix = "They are passed to the model as they are: a tensor as its first argument, a dict by name."
+        raise InputValueError(f"inputs: the model failed on them with {type(failed).__name__}: {failed}. {fix}") from failed
     first: Exception | None = None
-    for length in [n for n in LENGTHS if n not in sizes]:
+    for length in [n for n in LENGTHS if n not in sizes] or LENGTHS:
         try:
             return _traced(model, _trial(model, length))
         except Exception as error:
@@ -110,6 +112,25 @@ def _given(inputs: Any) -> Call:
     raise InputTypeError(got("inputs", type(inputs), "a tensor of token ids, or a dict of the model's arguments", ""))
 
 
+def _short(feed: Call, sizes: set[int]) -> Call:
+    """One sequence of few tokens, fewer still for a decoder: axes and sequences can then be told by their sizes."""
+    ids = next(iter([v for v in (*feed.args, *feed.kwargs.values()) if isinstance(v, Tensor) and v.dim() == 2]), None)
+    length = None if ids is None else next((n for n in LENGTHS if n <= ids.shape[1] and n not in sizes), None)
+    if ids is None or length is None:
+        return feed
+
+    def cut(name: str, value: Any) -> Any:
+        if not isinstance(value, Tensor) or value.dim() < 2 or len(value) != len(ids):
+            return value
+        return value[:1, : _decoded(length) if name.startswith("decoder_") else length]
+
+    return Call(tuple(cut("", v) for v in feed.args), {name: cut(name, v) for name, v in feed.kwargs.items()})
+
+
+def _decoded(length: int) -> int:
+    return max(length - 4, 3)
+
+
 def _trial(model: nn.Module, length: int) -> Call:
     device = next(p.device for p in model.parameters())
     names = inspect.signature(model.forward).parameters
@@ -118,7 +139,7 @@ def _trial(model: nn.Module, length: int) -> Call:
     cached = "use_cache" in names or (open_ended and hasattr(getattr(model, "config", None), "use_cache"))
     kwargs: dict[str, Any] = {"use_cache": False} if cached else {}
     if "decoder_input_ids" in names:
-        kwargs["decoder_input_ids"] = ids.flip(1)[:, : length - 4]
+        kwargs["decoder_input_ids"] = ids.flip(1)[:, : _decoded(length)]
     return Call((), {"input_ids": ids, **kwargs}) if "input_ids" in names else Call((ids,), kwargs)
 
 

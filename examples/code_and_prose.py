@@ -1,0 +1,121 @@
+"""Which sequences influence each other, and which heads respond to code and which to prose, in the model of training_run.py.
+
+    python examples/code_and_prose.py        (after examples/training_run.py; about two minutes on two cores)
+
+Influences (BIF) come from a run of the whole model, susceptibilities from runs of every attention head and MLP. These are of
+the one-chain kind: two-chain values contain a term "component times token", here 97 % of the variance of all tokens.
+"""
+
+import argparse
+import logging
+from pathlib import Path
+
+import datasets
+import numpy as np
+import training_run
+import transformers
+import xarray as xr
+from datasets import Dataset, concatenate_datasets
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import devinterp
+from devinterp.pictures.influence import plot_influences
+from devinterp.pictures.susceptibility import plot_susceptibilities
+
+SAMPLING = training_run.SAMPLING | {"localization": 300.0, "num_chains": 2, "num_draws": 75, "batches_per_draw": 2}
+MORE_DRAWS = {"num_chains": 3, "num_draws": 150}
+"""for influences: the noise of a correlation is 1 / sqrt(number of draws)"""
+
+
+def load(folder: Path, checkpoint: Path) -> tuple[Dataset, dict[str, Dataset]]:
+    """The sampling data, and observables: code, prose, and both in the proportion of the training data."""
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    parts = [training_run.tokenize([(folder / f"{name}.txt").read_text()], tokenizer) for name in ("code", "prose")]
+    (code, held_out_code), (prose, held_out_prose) = parts
+    both = concatenate_datasets([held_out_code, held_out_prose])
+    return concatenate_datasets([code, prose]), {"both": both, "code": held_out_code, "prose": held_out_prose}
+
+
+def means_by_kind(matrix: np.ndarray, kinds: np.ndarray) -> dict[str, tuple[float, float]]:
+    """Mean influence of pairs of different sequences, with the jackknife's standard error over sequences."""
+
+    def means(kept: np.ndarray) -> list[float]:
+        part = np.where(np.eye(len(kept), dtype=bool), np.nan, matrix[np.ix_(kept, kept)])
+        first = kinds[kept] == 0
+        return [np.nanmean(part[first][:, first]), np.nanmean(part[~first][:, ~first]), np.nanmean(part[first][:, ~first])]
+
+    everything, count = np.arange(len(kinds)), len(kinds)
+    left_out = np.array([means(np.delete(everything, i)) for i in range(count)])
+    errors = np.sqrt((count - 1) * left_out.var(axis=0))
+    names = ("within code", "within prose", "across")
+    return {name: (float(m), float(e)) for name, m, e in zip(names, means(everything), errors, strict=True)}
+
+
+def influences(samples: xr.DataTree, title: str, picture: Path) -> dict[str, tuple[float, float]]:
+    result = devinterp.compute_bif(samples, correlation_method="sequence", loss_keys=["code", "prose"])
+    kinds = (result.batch_1.values >= result.attrs["observables"]["prose"]).astype(int)
+    found = means_by_kind(result.influences.values, kinds)
+    print("\nmean correlation between the losses of two sequences")
+    for name, (mean, error) in found.items():
+        print(f"  {name:<14} {mean:+.4f} ± {error:.4f}")
+    plot_influences(result.influences.values, result.attrs["observables"], found, title).savefig(picture, dpi=130)
+    return found
+
+
+def responses(tree: xr.DataTree, title: str, picture: Path) -> dict[str, list[float]]:
+    """Mean standardised susceptibility of every component to code and to prose, and tokens on principal components."""
+    sus = tree["susceptibilities"].to_dataset()
+    components, names = [str(wr) for wr in sus.wr.values], sus.attrs["dataset_id_to_name"]
+    centred = sus.sus.values - sus.sus.values.mean(0)
+    _, sizes, directions = np.linalg.svd(centred, full_matrices=False)
+    shares = (sizes**2 / (sizes**2).sum())[:2]
+    projected = centred @ directions[:2].T
+    of = {name: sus.dataset_id.values == number for number, name in enumerate(names)}
+    means = {name: sus.sus.values[rows].mean(0).tolist() for name, rows in of.items()}
+    print("\nmean standardised susceptibility (negative: expression)")
+    print(f"  {'':<10}" + "".join(f"{name:>9}" for name in names))
+    for number, component in enumerate(components):
+        print(f"  {component:<10}" + "".join(f"{means[name][number]:>+9.3f}" for name in names))
+    print(f"  first two principal components: {shares[0]:.0%} and {shares[1]:.0%} of the variance")
+    figure = plot_susceptibilities(components, means, {name: projected[rows] for name, rows in of.items()}, shares, title)
+    figure.savefig(picture, dpi=130)
+    return means
+
+
+def run(folder: Path, **changed: object) -> tuple[dict[str, tuple[float, float]], dict[str, list[float]]]:
+    checkpoint = sorted((folder / "checkpoints").iterdir())[-1]
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    dataset, observables = load(folder, checkpoint)
+    settings = SAMPLING | changed
+    heads = [f"l{layer}h{head}" for layer in range(2) for head in range(4)]
+    restrictions = {"full": None} | {name: name for name in (*heads, "l0 mlp", "l1 mlp")}
+    stores, longer = folder / "runs", settings | MORE_DRAWS | changed
+    kinds = {name: observables[name] for name in ("code", "prose")}
+    samples = devinterp.sample(model, dataset, kinds, output_path=stores / "influences", **longer)
+    found = influences(samples, title(checkpoint, longer), folder / "influences.png")
+    tree = devinterp.susceptibilities(
+        model, dataset, observables, restrictions, sampling_task="both", estimator="one_chain", standardize=True,
+        output_path=stores / "components", **settings,
+    )  # fmt: skip
+    means = responses(tree, title(checkpoint, settings), folder / "susceptibilities.png")
+    print(f"\npictures: {folder / 'influences.png'}, {folder / 'susceptibilities.png'}")
+    print(f"stores:   {stores / 'influences'}, {stores / 'components_full'}, {stores / 'components_l0h0'} ...")
+    return found, means
+
+
+def title(checkpoint: Path, settings: dict) -> str:
+    return (
+        f"GPT-NeoX, 231k parameters, {checkpoint.name}; n_beta {settings['n_beta']:g}, localization "
+        f"{settings['localization']:g}, {settings['num_chains']} chains x {settings['num_draws']} draws"
+    )
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--output", type=Path, default=Path("demo_output"), help="folder of training_run.py")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("devinterp").setLevel(logging.INFO)
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    run(arguments.output)

@@ -1,0 +1,65 @@
+"""What the commands print: settings, chains, estimates, tables."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import typer
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+
+def print_settings(samples: "xr.DataTree") -> None:
+    from devinterp.store.reader import metadata_of
+
+    metadata = metadata_of(samples)
+    typer.echo("settings")
+    for name, value in metadata["config"]["sampler"].items():
+        typer.echo(f"  {name:<40} {value}")
+    if "model" in metadata:
+        model = metadata["model"]
+        typer.echo(f"  {'model':<40} {model['class']}, {model['parameters']:,} parameters")
+
+
+def print_chains(samples: "xr.DataTree") -> None:
+    from devinterp.store.schema import STATUS_MEANINGS
+
+    ds = samples.to_dataset()
+    typer.echo("chains")
+    if "chain_status" not in ds:
+        typer.echo(f"  {ds.sizes['chain']} chains, made by devinterp 2.0 (no status kept)")
+        return
+    for chain, (status, at) in enumerate(zip(ds["chain_status"].values, ds["diverged_at"].values, strict=True)):
+        taken = int(ds["step_loss"].isel(chain=chain).notnull().sum())
+        losses = ds["step_loss"].isel(chain=chain, step=slice(0, taken))
+        span = f"loss {float(losses[0]):.4f} -> {float(losses[-1]):.4f}" if taken else "no step written yet"
+        where = f" after {at} steps" if at >= 0 else ""
+        typer.echo(f"  {chain}: {STATUS_MEANINGS[status]}{where}, {taken} of {ds.sizes['step']} steps written, {span}")
+
+
+def print_summary(samples: "xr.DataTree", result: "xr.Dataset") -> None:
+    step_size = samples.attrs.get("metadata", {}).get("step_size", {})
+    typer.echo("")
+    typer.echo(f"LLC    {float(result.llc_mean):.3f} ± {float(result.llc_sem):.3f} (standard error)")
+    if "llc_observable" in result:
+        for name in result.observable.values:
+            one = result.sel(observable=name)
+            typer.echo(f"       {float(one.llc_observable):.3f} ± {float(one.llc_observable_sem):.3f} on {name}")
+    typer.echo(f"       R-hat {float(result.rhat):.3f}, effective sample size {float(result.ess_bulk):.0f} "
+               f"of {result.sizes['chain'] * result.sizes['draw']} draws in {result.sizes['chain']} chains")  # fmt: skip
+    if result.attrs["dropped_chains"]:
+        typer.echo(f"       chains left out: {result.attrs['dropped_chains']}")
+    typer.echo(f"at     n_beta {result.attrs['n_beta']:g}, localization {result.attrs.get('localization', 0):g}, "
+               f"{result.attrs.get('sampling_method')}" + (f", lr {step_size['lr']:.3g}" if step_size else ""))  # fmt: skip
+    typer.echo("       (compare LLCs at equal n_beta and localization only)")
+    if not float(result.rhat) < 1.05:
+        typer.echo(f"note   R-hat {float(result.rhat):.3f} is not below 1.05: the chains may not have levelled off together. "
+                   "Try more burn-in steps, or a larger localization.")  # fmt: skip
+
+
+def print_table(rows: Sequence[Sequence[str]]) -> None:
+    """Columns of equal width: the first to the left, the others to the right."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        typer.echo("  ".join(cells).rstrip())
