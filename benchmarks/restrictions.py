@@ -57,7 +57,7 @@ REASONS = """Known reasons, by restriction (2.0.1 is the peer):
   Empty: renamed parameters (granitemoe, granitemoeshared, xlm). Superset: experts (aria_text), per-layer inputs (gemma4_text).
 - `embed`, superset: per-layer tables (gemma4_text). Empty: camembert, xlm-roberta.
 - `unembed`, peer empty: a tied matrix has no name of its own; ours gives the embedding. gpt_neox: renamed to `lm_head`.
-  Superset: the tied matrix beside a bias that has a name.
+  Superset: of the tied matrix and its bias the peer names one.
 - `l0`, superset: xlm keeps a block in several parallel lists."""
 
 
