@@ -7,8 +7,10 @@ import sys
 import warnings
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
+import xarray as xr
 from datasets import Dataset
 from tokenizers import ByteLevelBPETokenizer
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
@@ -16,6 +18,7 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerF
 import devinterp
 from devinterp.cli import main
 from devinterp.errors import StoreError
+from devinterp.store.reader import open_store
 
 TEXT = "".join(f"The {i}th line of a text that nobody will read, with {i * i} words.\n" for i in range(400))
 
@@ -91,14 +94,60 @@ def test_llc_then_show(folder, cli):
     assert f"{float(result.llc_mean):.3f} ± {float(result.llc_sem):.3f}" in line
 
 
+BOTH = ("--observable", "lines=text.jsonl", "--observable", "all=text.txt", "--batches-per-draw", "1")
+
+
+@pytest.mark.parametrize("method", ["sequence", "token"])
+def test_bif_prints_the_strongest_pairs_and_saves(folder, cli, method):
+    done = cli("bif", "model", "--data", "text.txt", *BOTH, "--method", method, "--top", "5", "--save", f"bif-{method}",
+               "--output", "bif-run", *QUICK)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    result = devinterp.compute_bif(folder / "bif-run", correlation_method=method, progress=False)
+    saved = open_store(folder / f"bif-{method}").to_dataset()
+    np.testing.assert_allclose(saved.influences, result.influences, atol=1e-6)
+    best = devinterp.compute_bif(folder / "bif-run", correlation_method=method, top_k=5, progress=False)
+    pairs = [line for line in done.stdout.split("\n") if "  ~  " in line]
+    assert len(pairs) == 5
+    assert pairs[0].split()[0] == f"{float(best.influences[0]):+.3g}"
+    assert "mean correlation" in done.stdout
+
+
+def test_susceptibilities_of_all_heads(folder, cli):
+    arguments = ("susceptibilities", "model", "--data", "text.txt", *BOTH, "--output", "sus", *QUICK)
+    done = cli(*arguments, "--save", "sus-result")
+    assert done.returncode == 0, done.stderr
+    for name in ("sus_full", "sus_l0h0", "sus_l0h1", "sus-result"):
+        assert (folder / name).is_dir()
+    saved = xr.open_datatree(folder / "sus-result", engine="zarr", consolidated=False)
+    runs = {name: folder / f"sus_{name}" for name in ("full", "l0h0", "l0h1")}
+    again = devinterp.compute_susceptibilities(runs, "data", standardize=True)
+    np.testing.assert_allclose(saved["susceptibilities"].sus, again["susceptibilities"].sus)
+    table = {line.split()[0]: line for line in done.stdout.split("\n") if line.startswith("  l0h")}
+    assert set(table) == {"l0h0", "l0h1"}
+    assert "[" in table["l0h0"]
+    more = cli(*arguments, "--components", "l0h1, l0 mlp", "--estimator", "one_chain", "--raw")
+    assert more.returncode == 0, more.stderr
+    assert more.stderr.count("nothing to compute") == 2, "full and l0h1 were there"
+    assert "nats squared" in more.stdout
+
+
+def test_components_lists_and_previews(cli):
+    done = cli("components", "model")
+    assert done.returncode == 0, done.stderr
+    named = [line.split("  ")[0] for line in done.stdout.split("\n")]
+    assert [name for name in named if name] == ["component", "embed", "l0", "unembed", "rest"]
+    assert "  l0h1" in done.stdout
+    shown = cli("components", "model", "l0h1")
+    assert "query_key_value.weight" in shown.stdout
+    assert "24:48 x all" in shown.stdout
+
+
 def test_settings_come_from_the_file_and_options_win(folder, cli):
     (folder / "run.toml").write_text('lr = 1e-4\nn_beta = 7.0\nsampling_method = "rmsprop_sgld"\nlocalization = 1.0\n'
                                      "[sampling_method_kwargs]\neps = 0.2\n")  # fmt: skip
     done = cli("llc", "model", "--data", "text.parquet", "--column", "body", "--config", "run.toml",
                          "--n-beta", "9", "--output", "from_file", "--no-shuffle", *QUICK)  # fmt: skip
     assert done.returncode == 0, done.stderr
-    from devinterp.store.reader import open_store
-
     stored = open_store(folder / "from_file").attrs["metadata"]["config"]["sampler"]
     assert stored["n_beta"] == 9.0
     assert stored["lr"] == 1e-4
@@ -118,6 +167,13 @@ WRONG = [
     (("llc", "model", "--data", "text.jsonl", "--column", "body"), "column_name='body'"),
     (("llc", "model", "--data", "text.txt", "--context", "100000"), "too little text"),
     (("llc", "model"), "--data"),
+    (("bif", "model", "--data", "text.txt"), "--observable"),
+    (("bif", "nowhere", "--data", "text.txt", "--method", "word", "--observable", "a=text.txt"), "correlation_method='word'"),
+    (("bif", "nowhere", "--data", "text.txt", "--save", "text.txt", "--observable", "a=text.txt"), "output_path='text.txt'"),
+    (("susceptibilities", "model", "--data", "text.txt"), "--observable"),
+    (("susceptibilities", "nowhere", "--data", "text.txt", "--observable", "a=text.txt", "--estimator", "x"), "estimator='x'"),
+    (("susceptibilities", "model", "--data", "text.txt", "--observable", "a=text.txt", "--components", "l9h9"), "no layer 9"),
+    (("components", "model", "l0h7"), "head 7 of 2"),
     (("llcc",), "llcc"),
 ]
 

@@ -17,17 +17,13 @@ def growth(hidden: int, draws: int, method: str) -> tuple[float, float]:
     return after - before, 4 * size / 2**20
 
 
-LIBRARIES = 150
-"""Megabytes of libraries that are loaded when first used, and of activations"""
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(("method", "vectors"), [("sgmcmc_sgld", 2), ("leimkuhler_matthews", 3)])
 def test_a_full_model_run_holds_weights_gradient_and_state(method, vectors):
-    """Beside the model itself, which is the anchor. 25M parameters: one vector too many is 97 MB."""
-    grown, unit = growth(1024, 3, method)
-    assert unit > 90
-    assert vectors - 1 < (grown - LIBRARIES) / unit < vectors + 0.5
+    """Beside the model itself, which is the anchor. 101M parameters, 385 MB: libraries and activations are a third of that."""
+    grown, unit = growth(2048, 3, method)
+    assert unit > 380
+    assert vectors - 0.2 < grown / unit < vectors + 0.5
 
 
 @pytest.mark.slow

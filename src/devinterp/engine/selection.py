@@ -33,11 +33,20 @@ class Piece:
         flat = self.parameter.reshape(-1)
         return flat[start:stop] if self.index is None else flat[self.index[start:stop]]
 
+    def shaped(self, flat: Tensor) -> Tensor:
+        """This piece's stretch of a flat vector; of a whole parameter in its shape.
+
+        In the parameter's own shape a leaf needs no view in the graph. Autograd would run the views, made before anything
+        else, after everything else, and hold all gradients until then.
+        """
+        stretch = flat[self.start : self.stop]
+        return stretch.view(self.parameter.shape) if self.index is None else stretch
+
     def place(self, leaf: Tensor, cast: bool = True) -> Tensor:
         """The parameter with its moving elements taken from `leaf`, differentiable in `leaf`."""
         leaf = leaf.to(self.parameter.dtype) if cast else leaf
         if self.index is None:
-            return leaf.view(self.parameter.shape)
+            return leaf
         return self.parameter.to(leaf.dtype).reshape(-1).index_copy(0, self.index, leaf).view(self.parameter.shape)
 
 
@@ -73,9 +82,9 @@ class Selection:
         """One view of `flat` per piece, to differentiate by; autograd adds into `gradient` in place where it is given."""
         leaves = []
         for piece in self.pieces:
-            leaf = flat[piece.start : piece.stop].detach().requires_grad_()
+            leaf = piece.shaped(flat).detach().requires_grad_()
             if gradient is not None:
-                leaf.grad = gradient[piece.start : piece.stop]
+                leaf.grad = piece.shaped(gradient)
             leaves.append(leaf)
         return leaves
 
