@@ -106,6 +106,9 @@ def test_top_k_against_sorting_everything(samples, batch_size):
     column = np.delete(matrix[:, 16], 16)
     np.testing.assert_allclose(np.abs(per_query.influences[0]), np.sort(np.abs(column))[::-1], atol=1e-6)
     assert per_query.influences.dims == ("query", "rank")
+    repeated = devinterp.compute_bif(samples, batch_index_range_1=[1, 0, 1], top_k=2000, progress=False)
+    assert len(set(zip(*(repeated[name].values.tolist() for name in
+                         ("batch_1", "target_position", "batch_2", "target_position_T")), strict=True))) == repeated.sizes["pair"]  # fmt: skip
     of_sequences = devinterp.compute_bif(samples, correlation_method="sequence", top_k=100, progress=False)
     assert of_sequences.sizes["pair"] == 9 * 8 / 2
     assert "token" not in of_sequences
@@ -291,14 +294,35 @@ def test_bad_options(samples, options, message, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_bif_checks_its_options_before_the_run():
+AHEAD = [
+    ({"correlation_method": "x"}, "correlation_method"),
+    ({"loss_keys": ["nope"]}, "loss_keys"),
+    ({"queries": [(99, 1)]}, "queries"),
+    ({"batch_index_range_1": [9]}, "batch_index_range_1"),
+    ({"bif_device": "meta"}, "device='meta'"),
+    ({"num_draws": 1, "num_chains": 1}, "Sample more draws"),
+    ({"num_draws": 1, "center": "chain"}, "Sample more draws"),
+    ({"output_path": "same", "bif_output_path": "same"}, "two stores"),
+    ({"observables": {}}, "observables"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), AHEAD, ids=[str(list(a[0]))[:30] for a in AHEAD])
+def test_bif_checks_everything_before_the_run(change, message, tmp_path, monkeypatch):
     def never(model, ids):
         raise AssertionError("a forward pass ran")
 
-    with pytest.raises(DevinterpInputError, match="correlation_method"):
-        devinterp.bif(TinyLM(), DATA, OBSERVABLES, correlation_method="x", loss_fn=never, **SHORT)
-    with pytest.raises(DevinterpInputError, match="observables"):
-        devinterp.bif(TinyLM(), DATA, {}, loss_fn=never, **SHORT)
+    monkeypatch.chdir(tmp_path)
+    arguments = {"observables": OBSERVABLES, "loss_fn": never} | SHORT | change
+    with pytest.raises((DevinterpInputError, StoreError), match=message):
+        devinterp.bif(TinyLM(), DATA, **arguments)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_result_too_large_for_memory_is_refused_before_the_run(monkeypatch):
+    monkeypatch.setattr("os.sysconf", lambda name: 10)
+    with pytest.raises(MemoryError, match="Pass output_path"):
+        devinterp.bif(TinyLM(), DATA, OBSERVABLES, loss_fn=lambda *_: 1 / 0, **SHORT)
 
 
 def test_samples_that_cannot_be_used(samples):

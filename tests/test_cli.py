@@ -120,11 +120,12 @@ def test_susceptibilities_of_all_heads(folder, cli):
         assert (folder / name).is_dir()
     saved = xr.open_datatree(folder / "sus-result", engine="zarr", consolidated=False)
     runs = {name: folder / f"sus_{name}" for name in ("full", "l0h0", "l0h1")}
-    again = devinterp.compute_susceptibilities(runs, "data", standardize=True)
+    again = devinterp.compute_susceptibilities(runs, "data", standardize=True, include_sampling_task=True)
     np.testing.assert_allclose(saved["susceptibilities"].sus, again["susceptibilities"].sus)
     table = {line.split()[0]: line for line in done.stdout.split("\n") if line.startswith("  l0h")}
     assert set(table) == {"l0h0", "l0h1"}
     assert "[" in table["l0h0"]
+    assert "sus_l0h0 and its like" in done.stdout
     more = cli(*arguments, "--components", "l0h1, l0 mlp", "--estimator", "one_chain", "--raw")
     assert more.returncode == 0, more.stderr
     assert more.stderr.count("nothing to compute") == 2, "full and l0h1 were there"
@@ -135,7 +136,7 @@ def test_components_lists_and_previews(cli):
     done = cli("components", "model")
     assert done.returncode == 0, done.stderr
     named = [line.split("  ")[0] for line in done.stdout.split("\n")]
-    assert [name for name in named if name] == ["component", "embed", "l0", "unembed", "rest"]
+    assert [name for name in named if name][:-1] == ["component", "embed", "l0", "unembed", "rest"]
     assert "  l0h1" in done.stdout
     shown = cli("components", "model", "l0h1")
     assert "query_key_value.weight" in shown.stdout
@@ -172,8 +173,27 @@ WRONG = [
     (("bif", "nowhere", "--data", "text.txt", "--save", "text.txt", "--observable", "a=text.txt"), "output_path='text.txt'"),
     (("susceptibilities", "model", "--data", "text.txt"), "--observable"),
     (("susceptibilities", "nowhere", "--data", "text.txt", "--observable", "a=text.txt", "--estimator", "x"), "estimator='x'"),
-    (("susceptibilities", "model", "--data", "text.txt", "--observable", "a=text.txt", "--components", "l9h9"), "no layer 9"),
+    (
+        (
+            "susceptibilities",
+            "model",
+            "--data",
+            "text.txt",
+            "--observable",
+            "a=text.txt",
+            "--context",
+            "16",
+            "--components",
+            "l9h9",
+        ),
+        "no layer 9",
+    ),
     (("components", "model", "l0h7"), "head 7 of 2"),
+    (
+        ("llc", "model", "--data", "text.txt", "--observable", "a=text.txt", "--observable", "a=text.jsonl"),
+        "Give each name once",
+    ),
+    (("llc", "model", "--data", "text.txt", "--context", "0"), "context"),
     (("llcc",), "llcc"),
 ]
 

@@ -12,7 +12,7 @@ import zarr
 from cases import TinyLM, random_tokens
 
 import devinterp
-from devinterp.errors import DevinterpInputError, RunMismatchError, StoreError
+from devinterp.errors import ChainDiverged, DevinterpInputError, RunMismatchError, StoreError
 from devinterp.store.reader import open_store
 from devinterp.store.schema import MOST_DRAWS_PER_CHUNK, Variable, chunks, variables
 
@@ -222,6 +222,17 @@ def test_a_run_that_broke_off_is_finished_by_the_same_call(tmp_path):
     again = run(tmp_path / "run").load()
     xr.testing.assert_equal(whole.to_dataset(), again.to_dataset())
     assert again.attrs["completed"] == 1
+
+
+@pytest.mark.filterwarnings("ignore:lr=")
+def test_a_diverged_chain_raises_again_when_asked_again(tmp_path):
+    wild = {"lr": 1e6, "n_beta": 1e38, "localization": 0.0}
+    for _ in range(3):
+        with pytest.raises(ChainDiverged, match="chain 0 left the finite range"):
+            run(tmp_path / "run", **wild, on_diverged="raise")
+    assert (run(tmp_path / "run", **wild).chain_status == 2).all()
+    with pytest.raises(ChainDiverged, match="chain 0"):
+        run(tmp_path / "run", **wild, on_diverged="raise")
 
 
 def test_without_a_path_the_store_is_temporary(tmp_path, monkeypatch):

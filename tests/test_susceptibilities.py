@@ -109,8 +109,8 @@ def test_exact_on_a_quadratic_and_its_sign():
         ).to_dataset().load()
         for name, seed in (("full", 5), ("some", 6))
     }  # fmt: skip
-    for ds in samples.values():  # two seeds: a suite would refuse them
-        ds.attrs["metadata"]["identity"]["init_seed"] = 0
+    for name, ds in samples.items():  # two seeds and one mask: a suite would refuse them
+        ds.attrs["metadata"]["identity"] |= {"init_seed": 0, "param_masks": name}
     H = A.mean(0)[moved][:, moved]
     S = torch.linalg.inv(n_beta * H + gamma * torch.eye(3))
     ids = samples["full"].input_ids_probe[:, 0].values
@@ -187,6 +187,27 @@ def test_a_restriction_that_fails_does_not_lose_the_others(kind, tmp_path):
     assert (tmp_path / "s_out").exists()
 
 
+def test_what_failed_once_is_run_again(tmp_path, runs):
+    class Fails(TinyLM):
+        left = 240  # forwards: in the chains of "mix"
+
+        def forward(self, ids):
+            self.left -= 1
+            if not self.left:
+                raise MemoryError("out of memory")
+            return super().forward(ids)
+
+    arguments = {"sampling_task": "pile", "output_path": tmp_path / "s", **SHORT}
+    with pytest.warns(UserWarning, match="1 of 3 restrictions failed"):
+        tree = devinterp.susceptibilities(Fails(), DATA, OBSERVABLES, MASKS, **arguments)
+    (name,) = tree.attrs["failed"]
+    assert 3 in xr.open_datatree(tmp_path / f"s_{name}", engine="zarr", consolidated=False).chain_status
+    again = devinterp.susceptibilities(TinyLM(), DATA, OBSERVABLES, MASKS, **arguments)
+    assert again.attrs["failed"] == {}
+    expected = devinterp.compute_susceptibilities(runs, "pile")
+    xr.testing.assert_equal(again["susceptibilities"].to_dataset(), expected["susceptibilities"].to_dataset())
+
+
 def test_runs_that_do_not_belong_together_are_refused(runs):
     other = devinterp.sample(TinyLM(), DATA, OBSERVABLES, param_masks=MASKS["out"], **(SHORT | {"n_beta": 21.0}))
     with pytest.raises(DevinterpInputError, match="'full' and 'out' differ in more than their masks: n_beta"):
@@ -195,6 +216,8 @@ def test_runs_that_do_not_belong_together_are_refused(runs):
     changed["input_ids_b"][0, 0] += 1
     with pytest.raises(DevinterpInputError, match="tokens of observable b"):
         devinterp.compute_susceptibilities(runs | {"out": changed}, "pile")
+    with pytest.raises(DevinterpInputError, match="These move the same weights"):
+        devinterp.compute_susceptibilities(runs | {"again": runs["full"]}, "pile")
     model = TinyLM(seed=1)
     another = devinterp.sample(model, DATA, OBSERVABLES, param_masks=MASKS["out"], **SHORT)
     with pytest.raises(DevinterpInputError, match="weights and buffers of the model"):
@@ -229,6 +252,10 @@ BAD = [
     ({"output_path": "s3://bucket/x"}, "output_path"),
     ({"output_path": 3}, "output_path=3"),
     ({"n_beta": -1.0}, "n_beta"),
+    ({"num_chain": 2}, "num_chain=2.*Did you mean num_chains"),
+    ({"num_chains": 1, "num_draws": 1}, "num_draws=1.*covariance"),
+    ({"observables": [DATA]}, "(?s)observables=.*a dict"),
+    ({"sampling_task": None}, "sampling_task=None"),
 ]
 
 

@@ -55,16 +55,18 @@ def bif_command(
     save: SaveOption = None,
 ) -> None:
     """Sample around a checkpoint and print which sequences or tokens influence each other most."""
-    from devinterp.slt.bif import compute_bif
+    from devinterp.slt.bif import compute_bif, sample_for
     from devinterp.slt.bif_blocks import Options
-    from devinterp.slt.sampling import sample
 
     options: dict[str, Any] = {"correlation_method": method, "compute_covariance": covariance}
     Options(**options, top_k=top)
-    Options(**options, output_path=save)
+    checked = Options(**options, output_path=save)
     _need_observables(job, "--observable code=code.txt")
     path = job.path("bif")
-    samples = sample(job.model, job.dataset, job.observables, output_path=path, device=job.device, **job.settings)
+    samples = sample_for(
+        checked if save is not None else Options(**options, top_k=top),
+        job.model, job.dataset, job.observables, output_path=path, device=job.device, **job.settings,
+    )  # fmt: skip
     _print_between_observables(compute_bif(samples, correlation_method="sequence"))
     strongest = compute_bif(samples, top_k=top, **options)
     measure = strongest.attrs["measure"]
@@ -91,26 +93,26 @@ def susceptibilities_command(
     save: SaveOption = None,
 ) -> None:
     """Sample once per component and print how each responds to the observables. Go on with the same command."""
-    from devinterp.slt.susceptibilities import Options, susceptibilities
+    from devinterp.slt.susceptibilities import Options, path_of_run, susceptibilities
     from devinterp.store.matrices import check_new_path
 
     Options(estimator, not raw, None, "raise")
     if save is not None:
         check_new_path(save)
     _need_observables(job, "--observable code=code.txt")
-    if "data" in job.sources:
-        fix = "This name is the sampling data's."
-        raise InputValueError(got("--observable", "data=...", "another name", fix))
     path = job.path("susceptibilities")
     tree = susceptibilities(
         job.model, job.dataset, {"data": job.dataset, **job.observables}, _restrictions(job.model, components),
-        sampling_task="data", estimator=estimator, standardize=not raw, output_path=path, device=job.device, **job.settings,
+        sampling_task="data", include_sampling_task=True,
+        estimator=estimator, standardize=not raw, output_path=path, device=job.device, **job.settings,
     )  # fmt: skip
     _print_susceptibilities(tree, job.tokenizer, raw)
+    sus_names = tree["susceptibilities"].wr.values.tolist()
     if save is not None:
         tree.to_zarr(save, consolidated=False)
         typer.echo(f"\nsusceptibilities in {save}")
-    typer.echo(f"\nsamples in {path}_COMPONENT; the same command goes on where it stopped")
+    example = path_of_run(path, sus_names[0])
+    typer.echo(f"\nsamples in {example} and its like; the same command goes on where it stopped")
 
 
 def components_command(

@@ -36,7 +36,10 @@ def load_text(source: str, column: str, split: str) -> Any:
 
     path = Path(source)
     if path.suffix == ".txt" and path.is_file():
-        return Dataset.from_dict({column: [path.read_text()]})
+        try:
+            return Dataset.from_dict({column: [path.read_text()]})
+        except UnicodeDecodeError as error:
+            raise InputValueError(got("--data", source, "text in UTF-8", str(error))) from error
     readers = {".jsonl": Dataset.from_json, ".json": Dataset.from_json, ".parquet": Dataset.from_parquet}
     if path.suffix in readers and path.is_file():
         return readers[path.suffix](str(path))

@@ -100,8 +100,8 @@ def data_options() -> list[inspect.Parameter]:
         "revision": (str | None, typer.Option(help="Revision of a hub model."), None),
         "column": (str, typer.Option(help="Column of the text."), "text"),
         "split": (str, typer.Option(help="Split of a hub dataset."), "train"),
-        "context": (int, typer.Option(help="Tokens per sequence."), 256),
-        "sequences": (int, typer.Option(help="Sequences to use of each dataset, at most."), 10_000),
+        "context": (int, typer.Option(min=2, help="Tokens per sequence."), 256),
+        "sequences": (int, typer.Option(min=1, help="Sequences to use of each dataset, at most."), 10_000),
         "device": (str | None, typer.Option(help="Where to compute, for example cuda:1."), None),
     }  # fmt: skip
     return [_keyword(name, Annotated[kind, option], default) for name, (kind, option, default) in options.items()]
@@ -184,8 +184,8 @@ def split_observables(given: list[str]) -> dict[str, str]:
     found = {}
     for item in given:
         name, separator, source = item.partition("=")
-        if not separator or not name or not source or name == "data":
-            fix = "Try --observable code=code.txt ('data' is the sampling data)."
+        if not separator or not name or not source or name == "data" or name in found:
+            fix = "Give each name once; 'data' is the sampling data. Try --observable code=code.txt."
             raise InputValueError(got("--observable", item, "NAME=DATA", fix))
         found[name] = source
     return found

@@ -52,7 +52,7 @@ def print_summary(samples: "xr.DataTree", result: "xr.Dataset") -> None:
     typer.echo(f"at     n_beta {result.attrs['n_beta']:g}, localization {result.attrs.get('localization', 0):g}, "
                f"{result.attrs.get('sampling_method')}" + (f", lr {step_size['lr']:.3g}" if step_size else ""))  # fmt: skip
     typer.echo("       (compare LLCs at equal n_beta and localization only)")
-    if not float(result.rhat) < 1.05:
+    if float(result.rhat) >= 1.05:
         typer.echo(f"note   R-hat {float(result.rhat):.3f} is not below 1.05: the chains may not have levelled off together. "
                    "Try more burn-in steps, or a larger localization.")  # fmt: skip
 

@@ -9,6 +9,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -107,6 +108,11 @@ class Checkpoint:
     def detached(self) -> dict[str, Tensor]:
         """The parameters as new tensors on the same memory: `requires_grad` set on them leaves the caller's alone."""
         return {name: p.detach() for name, p in self.parameters.items()}
+
+    @cached_property
+    def digest_as_found(self) -> str:
+        """`digest()` when first asked; a suite asks for it once per run."""
+        return self.digest()
 
     def digest(self) -> str:
         """Fingerprint of all weights and buffers. Against accident, not attack."""

@@ -16,7 +16,7 @@ class Progress:
     """Counts up to `total` under a description."""
 
     def __init__(self, total: int, description: str, enabled: bool = True):
-        self.total, self.description, self.enabled, self.done = total, description, enabled, 0
+        self.total, self.description, self.enabled, self.done, self.skipped = total, description, enabled, 0, 0
         self._started = self._said = time.monotonic()
         watched = sys.stderr.isatty() or "ipykernel" in sys.modules
         self._bar: Any = tqdm(total=total, desc=description) if enabled and watched else None
@@ -40,6 +40,7 @@ class Progress:
     def skip(self, count: int) -> None:
         """Work that turned out not to be needed, so that the time left is that of real work."""
         self.total -= count
+        self.skipped += count
         if self._bar is not None:
             self._bar.total = self.total
             self._bar.refresh()

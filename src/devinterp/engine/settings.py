@@ -209,6 +209,11 @@ def settings_of(
     **others: Any,
 ) -> Settings:
     """Settings from the arguments of `sample`, which has aliases for two settings of RMSprop."""
+    known = [item.name for item in fields(Settings)]
+    for name in others:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1) or known[:1]
+            raise InputTypeError(got(name, others[name], "absent: no setting has this name", f"Did you mean {close[0]}?"))
     joined = gather_sampler_kwargs(
         sampling_method, sampling_method_kwargs, rmsprop_eps=rmsprop_eps, rmsprop_alpha=rmsprop_alpha
     )

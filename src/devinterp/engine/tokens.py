@@ -134,17 +134,17 @@ def check_tokens(argument: str, dataset: Any, at_least: int) -> Tokens:
     return Tokens(dataset, num_rows, length, largest, digest.hexdigest())
 
 
-def stored_name(name: Any) -> str:
+def stored_name(name: Any, argument: str = "observables") -> str:
     """An observable's name in the store: `a-b` -> `a_b`, and a leading digit gets an underscore."""
     if not isinstance(name, str):
-        raise InputTypeError(got("observables", name, "a dict with strings as names", "Try {'code': dataset}."))
+        raise InputTypeError(got(argument, name, "a string", "Try 'code'."))
     mapped = "".join(c if c.isalnum() or c == "_" else "_" for c in name)
     mapped = "_" + mapped if mapped[:1].isdigit() else mapped
     if not re.fullmatch(r"[A-Za-z0-9_]{1,64}", mapped) or not mapped.strip("_"):
         allowed = "a name of 1 to 64 letters, digits, '-', '_' or '.', with at least one letter or digit"
-        raise InputValueError(got("observables", name, allowed, "Rename it, for example to 'code'."))
+        raise InputValueError(got(argument, name, allowed, "Rename it, for example to 'code'."))
     if mapped == "sampling":
-        raise InputValueError(got("observables", name, "another name: this one is taken", "Try 'train'."))
+        raise InputValueError(got(argument, name, "another name: this one is taken", "Try 'train'."))
     return mapped
 
 

@@ -3,18 +3,21 @@
 import inspect
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 import xarray as xr
 from torch import nn
 
+from devinterp.engine.progress import Progress
 from devinterp.errors import InputValueError, got
 from devinterp.slt.bif_blocks import Options, Sides
-from devinterp.slt.bif_results import of_queries, strongest, whole, write_whole
-from devinterp.slt.sampling import sample
+from devinterp.slt.bif_results import check_memory, matrix_coords, of_queries, strongest, whole, write_whole
+from devinterp.slt.running import num_rows, request_of, run
 from devinterp.store.matrices import MatrixWriter
 from devinterp.store.reader import metadata_of
+from devinterp.store.runs import unsampled
 from devinterp.store.samples import Samples, root_of, usable_chains
 from devinterp.store.traces import Traces, chosen_observables
 
@@ -44,11 +47,27 @@ def bif(
     own = set(inspect.signature(compute_bif).parameters) - {"samples", "batch_size", "device", "output_path", "progress"}
     options = {name: settings.pop(name) for name in own & set(settings)}
     options |= {"batch_size": bif_batch_size, "device": bif_device, "output_path": bif_output_path}
-    Options(**options)  # so that a wrong one is said before the run
+    samples = sample_for(Options(**options), model, dataset, observables, lr=lr, n_beta=n_beta, **settings)
+    return compute_bif(samples, progress=settings.get("progress", True), **options)
+
+
+def sample_for(
+    options: Options, model: nn.Module, dataset: Any, observables: Any, *, progress: bool = True, **arguments: Any
+) -> xr.DataTree:
+    """`sample()`, after a check that its samples will be such that these options can be used on them."""
     if isinstance(observables, Mapping) and not observables:
         raise InputValueError(got("observables", observables, "at least one", "Try {'code': dataset}."))
-    samples = sample(model, dataset, observables, lr=lr, n_beta=n_beta, **{"on_diverged": "record"} | settings)
-    return compute_bif(samples, progress=settings.get("progress", True), **options)
+    request = request_of(model, dataset, observables, **arguments)
+    taken = options.output_path and Path(options.output_path).expanduser().absolute()
+    if request.path is not None and request.path.absolute() == taken:
+        fix = "The samples and the influences are two stores."
+        raise InputValueError(got("output_path", str(request.path), "another path than that of the influences", fix))
+    ahead = unsampled(request.inputs.settings, request.inputs.batches.tokens.length, request.inputs.observables)
+    sides = Sides(_traces(ahead, options), options)
+    if options.output_path is None and options.queries is None and options.top_k is None:
+        check_memory(matrix_coords(sides))
+    with Progress(num_rows(request.inputs), "sampling", progress) as bar:
+        return run(request, bar)
 
 
 def compute_bif(
@@ -105,8 +124,8 @@ def compute_bif(
         Dataset with `influences` (batch_1, batch_2, target_position, target_position_T) for tokens, (batch_1, batch_2) for
         sequences or averages; (query, batch_1[, target_position]) with `queries`; (pair) or (query, rank) with `top_k`, then
         with the sequences, positions and tokens of each. `target_position` counts from 1: the loss there is that of
-        predicting `input_ids` at that position. `input_ids` (batch, position). Constant traces give NaN, counted in
-        `attrs["constant_traces"]`.
+        predicting `input_ids` at that position. `input_ids` (batch, position). Correlations of constant traces
+        are NaN (covariances 0); such traces are counted in `attrs["constant_traces"]`.
 
     Raises:
         DevinterpInputError: an option cannot be used.
@@ -120,8 +139,7 @@ def compute_bif(
     ds = root_of(samples)
     kept, dropped = usable_chains(ds, on_diverged)
     ds = ds.isel(chain=kept)
-    names = chosen_observables(ds, "loss_keys", loss_keys)
-    traces = Traces.of(ds, names, correlation_method == "sequence", reduce_chain_dimension_method == "mean")
+    traces = _traces(ds, options)
     sides = Sides(traces, options)
     if output_path is not None:
         with MatrixWriter(output_path) as writer:
@@ -135,6 +153,11 @@ def compute_bif(
     else:
         result = whole(sides, progress)
     return result.assign(input_ids=traces.input_ids()).assign_attrs(_attributes(ds, sides, dropped))
+
+
+def _traces(ds: xr.Dataset, options: Options) -> Traces:
+    names = chosen_observables(ds, "loss_keys", options.loss_keys)
+    return Traces.of(ds, names, options.correlation_method == "sequence", options.reduce_chain_dimension_method == "mean")
 
 
 def _attributes(ds: xr.Dataset, sides: Sides, dropped: list[int]) -> dict[str, Any]:

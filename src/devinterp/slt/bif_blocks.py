@@ -74,7 +74,9 @@ class Options:
         if self.device is None:
             return torch.device("cuda" if torch.cuda.is_available() else "cpu")
         try:
-            return torch.empty(0, device=self.device).device
+            if (chosen := torch.empty(0, device=self.device).device).type == "meta":
+                raise RuntimeError("nothing can be computed there")
+            return chosen
         except (RuntimeError, TypeError, AssertionError) as error:
             raise InputValueError(got("device", self.device, "'cpu' or an available GPU", "Try device=None.")) from error
 
@@ -97,11 +99,18 @@ class Sides:
             )
         self.rows = _sequence_numbers("batch_index_range_1", options.batch_index_range_1, traces.num_sequences)
         self.columns = _sequence_numbers("batch_index_range_2", options.batch_index_range_2, traces.num_sequences)
+        if options.top_k is not None and options.queries is None:  # each pair once
+            self.rows, self.columns = np.unique(self.rows), np.unique(self.columns)
         self.query_positions: Numbers | None = None
         if options.queries is not None:
             self.columns, self.query_positions = _check_queries(options.queries, traces)
-        across = traces.length**2 if self.query_positions is None else traces.length
+        across = self.length**2 if self.query_positions is None else self.length
         self.block = max(1, min(options.batch_size, int((BLOCK_BYTES / 4 / across) ** 0.5)))
+
+    @property
+    def length(self) -> int:
+        """Rows of the matrix per sequence."""
+        return 1 if self.options.average_tokenwise_bif else self.traces.length
 
     @property
     def num_constant(self) -> int:
@@ -123,7 +132,7 @@ class Sides:
 
     def _column(self, columns: slice) -> Tensor:
         if self._kept_columns is not None:
-            step = 1 if self.query_positions is not None else self.traces.length
+            step = 1 if self.query_positions is not None else self.length
             return self._kept_columns[columns.start * step : columns.stop * step]
         return self._queried(self._load(self.columns[columns]), columns)
 
@@ -147,6 +156,8 @@ class Sides:
         z, constant = standardised(read, self.options.compute_covariance, self.groups)
         flags = constant.cpu().numpy().reshape(len(sequences), self.traces.length)
         self.constant.update(zip(sequences.tolist(), flags, strict=True))
+        if self.options.average_tokenwise_bif:  # the mean of products over both tokens is the product of the means
+            z = z.view(len(sequences), self.traces.length, -1).mean(1, dtype=torch.float64).to(z.dtype)
         return z
 
 

@@ -1,7 +1,7 @@
 """The forms in which influences are asked for: the whole matrix, that of a few queries, the strongest pairs."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -17,10 +17,9 @@ from devinterp.store.traces import Numbers
 
 def whole(sides: Sides, progress: bool) -> xr.Dataset:
     """The matrix of all pairs, in memory."""
-    coords = _matrix_coords(sides)
-    shape = tuple(map(len, coords.values()))
-    _check_memory(shape)
-    values = np.empty(shape, dtype=np.float32)
+    coords = matrix_coords(sides)
+    check_memory(coords)
+    values = np.empty(tuple(map(len, coords.values())), dtype=np.float32)
     for rows, columns, block in _matrix_blocks(sides, progress):
         values[rows, columns] = block
     return xr.Dataset({"influences": (tuple(coords), values)}, coords={dim: (dim, at) for dim, at in coords.items()})
@@ -28,13 +27,14 @@ def whole(sides: Sides, progress: bool) -> xr.Dataset:
 
 def write_whole(sides: Sides, writer: MatrixWriter, progress: bool) -> None:
     """The matrix of all pairs, block by block to a store."""
-    coords = _matrix_coords(sides)
+    coords = matrix_coords(sides)
     writer.create("influences", coords, (sides.block, sides.block, *map(len, list(coords.values())[2:])))
     for rows, columns, block in _matrix_blocks(sides, progress):
         writer.write(rows, columns, block)
 
 
-def _matrix_coords(sides: Sides) -> dict[str, Numbers]:
+def matrix_coords(sides: Sides) -> dict[str, Numbers]:
+    """The dims of the whole matrix, with their coordinates."""
     coords: dict[str, Numbers] = {"batch_1": sides.rows, "batch_2": sides.columns}
     if not sides.options.per_token:
         return coords
@@ -43,17 +43,12 @@ def _matrix_coords(sides: Sides) -> dict[str, Numbers]:
 
 
 def _matrix_blocks(sides: Sides, progress: bool) -> Iterator[tuple[slice, slice, Floats]]:
-    length = sides.traces.length
+    length = sides.length
     with Progress(sides.num_blocks, "influences", progress) as bar:
         for rows, columns, product in sides.blocks():
-            pairs = product.reshape(rows.stop - rows.start, length, -1, length)
-            yield rows, columns, pairs.transpose(0, 2, 1, 3) if sides.options.per_token else _averaged(pairs)
+            pairs = product.reshape(rows.stop - rows.start, length, -1, length).transpose(0, 2, 1, 3)
+            yield rows, columns, pairs if sides.options.per_token else pairs[..., 0, 0]
             bar.update()
-
-
-def _averaged(pairs: Floats) -> Floats:
-    """Mean over the tokens of both sequences, from (rows, token, columns, token)."""
-    return np.asarray(pairs.mean((1, 3), dtype=np.float64), dtype=np.float32)
 
 
 def of_queries(sides: Sides, progress: bool) -> xr.Dataset:
@@ -77,7 +72,7 @@ def of_queries(sides: Sides, progress: bool) -> xr.Dataset:
 
 def strongest(sides: Sides, top_k: int, progress: bool) -> xr.Dataset:
     """The entries of largest size: of the matrix, or for each query."""
-    length = sides.traces.length if sides.options.per_token else 1
+    length = sides.length
     if sides.options.queries is None:
         found = [Strongest.none(top_k)]
         for rows, columns, product in _matrix_blocks(sides, progress):
@@ -129,7 +124,9 @@ def _trace_numbers(sequences: Numbers, length: int) -> Numbers:
     return (sequences[:, None] * length + np.arange(length)).ravel()
 
 
-def _check_memory(shape: tuple[int, ...]) -> None:
+def check_memory(coords: Mapping[str, Numbers]) -> None:
+    """Refuse a matrix in memory that is larger than the machine's."""
+    shape = tuple(map(len, coords.values()))
     needed = 4 * int(np.prod(shape, dtype=np.int64))
     if "SC_PHYS_PAGES" in os.sysconf_names and needed > 0.9 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
         raise MemoryError(

@@ -22,7 +22,7 @@ from devinterp.engine.curvature import StepSize, choose_step_size, warn_if_unsta
 from devinterp.engine.placement import record_chain
 from devinterp.engine.progress import Progress
 from devinterp.engine.selection import Selection, check_masks
-from devinterp.engine.settings import Settings, choice
+from devinterp.engine.settings import Settings, choice, settings_of
 from devinterp.engine.tokens import Observable, Tokens, check_observables, check_tokens, warn_about_padding
 from devinterp.errors import ChainDiverged, InputTypeError, got
 from devinterp.store.identity import identity
@@ -72,10 +72,6 @@ class Inputs:
         checkpoint = Checkpoint(model, loss_fn, checked_device, settings.train_mode)
         return cls(model, checkpoint, settings, Batches.of(tokens, settings), seen, on_diverged)
 
-    @cached_property
-    def digest(self) -> str:
-        return self.checkpoint.digest()
-
     @property
     def largest_id(self) -> int:
         return max([self.batches.tokens.largest, *(int(observable.ids.max()) for observable in self.observables)])
@@ -100,12 +96,37 @@ class Request:
     def fingerprint(self) -> dict[str, Any]:
         inputs = self.inputs
         return plain(
-            identity(inputs.settings, inputs.checkpoint, inputs.digest, self.masks, inputs.batches, inputs.observables)
+            identity(
+                inputs.settings,
+                inputs.checkpoint,
+                inputs.checkpoint.digest_as_found,
+                self.masks,
+                inputs.batches,
+                inputs.observables,
+            )
         )
 
     def stored(self) -> xr.DataTree | None:
         """The run at the path if it is this one; refuses any other thing that is there."""
         return stored_run(self.path, self.fingerprint)
+
+
+def request_of(
+    model: nn.Module,
+    dataset: Any,
+    observables: Mapping[str, Any],
+    *,
+    param_masks: Any = None,
+    output_path: Any = None,
+    device: str | torch.device | None = None,
+    loss_fn: Any = None,
+    on_diverged: str = "record",
+    **settings: Any,
+) -> Request:
+    """The arguments of `sample`, checked."""
+    checked = settings_of(**settings)
+    inputs = Inputs.of(model, dataset, observables, checked, device=device, loss_fn=loss_fn, on_diverged=on_diverged)
+    return Request.of(inputs, param_masks, output_path)
 
 
 def run(request: Request, bar: Progress, probe: bool = True) -> xr.DataTree:
@@ -115,6 +136,8 @@ def run(request: Request, bar: Progress, probe: bool = True) -> xr.DataTree:
     """
     inputs, settings, checkpoint = request.inputs, request.inputs.settings, request.inputs.checkpoint
     known = request.stored()
+    if known is not None and inputs.on_diverged == "raise":
+        _raise_for_diverged(known)
     if known is not None and known.attrs.get("completed"):
         logger.info("%s holds this very run, complete; nothing to compute", request.path)
         bar.skip(num_rows(inputs))
@@ -192,11 +215,19 @@ def _run(plan: Plan, store: StoreWriter, on_diverged: str, bar: Progress) -> Non
     for chain in range(plan.settings.num_chains):
         bar.describe(f"{named}, chain {chain + 1}/{plan.settings.num_chains}")
         due, rows = bar.done, plan.settings.num_steps + 1
-        if status[chain] == RUNNING:
+        if status[chain] in (RUNNING, FAILED):  # what failed once, for lack of memory or disk, is run again
+            store.write("chain_status", RUNNING, chain)
             _record_chain(plan, store, chain, on_diverged, bar)
         bar.skip(due + rows - bar.done)
     bar.describe(named)
     store.finish()
+
+
+def _raise_for_diverged(known: xr.DataTree) -> None:
+    """For chains that diverged in an earlier call."""
+    for chain, at in enumerate(known.to_dataset()["diverged_at"].values):
+        if at >= 0:
+            raise ChainDiverged(chain, int(at), float(metadata_of(known)["step_size"]["lr"]))
 
 
 def _record_baseline(plan: Plan, store: StoreWriter, bar: Progress) -> None:

@@ -9,8 +9,7 @@ import xarray as xr
 from torch import Tensor, nn
 
 from devinterp.engine.progress import Progress
-from devinterp.engine.settings import settings_of
-from devinterp.slt.running import Inputs, Request, num_rows, run
+from devinterp.slt.running import num_rows, request_of, run
 
 
 def sample(
@@ -111,8 +110,9 @@ def sample(
         RunMismatchError: output_path holds a run with other inputs.
         ChainDiverged: with on_diverged="raise", a loss is not finite.
     """
-    settings = settings_of(
-        lr=lr, n_beta=n_beta, num_chains=num_chains, num_draws=num_draws, batch_size=batch_size,
+    request = request_of(
+        model, dataset, observables, param_masks=param_masks, output_path=output_path, device=device, loss_fn=loss_fn,
+        on_diverged=on_diverged, lr=lr, n_beta=n_beta, num_chains=num_chains, num_draws=num_draws, batch_size=batch_size,
         num_burnin_steps=num_burnin_steps, num_steps_bw_draws=num_steps_bw_draws,
         num_init_loss_batches=num_init_loss_batches, init_seed=init_seed, batches_per_draw=batches_per_draw,
         obs_seed=obs_seed, gradient_accumulation_steps=gradient_accumulation_steps, localization=localization,
@@ -122,7 +122,5 @@ def sample(
         match_sampling_input_ids_across_chains=match_sampling_input_ids_across_chains, init_noise=init_noise,
         save_metrics=save_metrics, train_mode=train_mode,
     )  # fmt: skip
-    inputs = Inputs.of(model, dataset, observables, settings, device=device, loss_fn=loss_fn, on_diverged=on_diverged)
-    request = Request.of(inputs, param_masks, output_path)
-    with Progress(num_rows(inputs), "sampling", progress) as bar:
+    with Progress(num_rows(request.inputs), "sampling", progress) as bar:
         return run(request, bar)

@@ -116,7 +116,9 @@ def table(suite: Suite, found: Sequence[Mapping[str, Doubles]], standardize: boo
     grid = _grid(shapes, ("batch", "target_position"), start=1)
     if mean_over is not None:
         values, grid = _averaged(values, grid, by_sequence=mean_over == "sequence")
-    sus = xr.Dataset({"sus": (("sus_flat", "wr"), values), **extra}, coords={"wr": suite.restricted})
+    sus = xr.Dataset(
+        {"sus": (("sus_flat", "wr"), values), **extra}, coords={"wr": np.asarray(suite.restricted, dtype=object)}
+    )  # Zarr has no fixed-length strings
     ids = [suite.first[f"input_ids_{o}"].values for o in suite.names]
     ids = [part[(0,) * (part.ndim - 2)] for part in ids]  # devinterp 2.0 repeats them for every chain and draw
     context = xr.Dataset({"input_ids": ("ctx_flat", np.concatenate([part.ravel() for part in ids]))})
@@ -153,7 +155,7 @@ def _averaged(values: Doubles, grid: Grid, by_sequence: bool) -> tuple[Doubles, 
 
 def _check_task(ds: xr.Dataset, sampling_task: Any) -> str:
     known = observable_names(ds)
-    task = stored_name(sampling_task)
+    task = stored_name(sampling_task, "sampling_task")
     if task not in known:
         fix = "Sample with more sequences of the sampling data as an observable of this name."
         raise InputValueError(got("sampling_task", sampling_task, f"one of the observables {known}", fix))
@@ -180,6 +182,10 @@ def _check_same(first: str, reference: xr.Dataset, name: str, ds: xr.Dataset, ob
         ids = f"input_ids_{observable}"
         if ids not in ds or not np.array_equal(reference[ids].values, ds[ids].values):
             different.append(f"tokens of observable {observable}")
+    masks = [ds_settings.get("param_masks") for ds_settings in (one, other)]
+    if first == FULL and name != FULL and masks[0] is not None and masks[0] == masks[1]:
+        fix = "Is one of them at the wrong name?"
+        raise InputValueError(got("wr_map", [first, name], "runs with different masks", f"These move the same weights. {fix}"))
     if different:
         raise InputValueError(
             f"wr_map: the runs {first!r} and {name!r} differ in more than their masks: {', '.join(different)}. Sample both "

@@ -14,12 +14,14 @@ from torch import Tensor, nn
 from devinterp.engine.progress import Progress
 from devinterp.engine.settings import choice, settings_of, switch
 from devinterp.engine.tokens import stored_name
-from devinterp.errors import ChainsUnusable, InputTypeError, InputValueError, got
+from devinterp.errors import ChainsUnusable, DevinterpInputError, InputTypeError, InputValueError, got
 from devinterp.slt.running import Inputs, Request, num_rows, run
 from devinterp.slt.suites import FULL, Suite, moments_of, table
 from devinterp.slt.weight_restrictions import create_param_masks
 from devinterp.store.reader import metadata_of
+from devinterp.store.runs import layout
 from devinterp.store.samples import Samples, root_of, usable_chains
+from devinterp.store.writer import check_space
 
 logger = logging.getLogger("devinterp")
 
@@ -74,11 +76,17 @@ def susceptibilities(
     if "param_masks" in settings:
         fix = "Restrictions come from weight_restrictions."
         raise InputTypeError(got("param_masks", settings["param_masks"], "absent", fix))
-    masks = _check_restrictions(model, weight_restrictions)
+    names = _check_names(weight_restrictions)
     _check_task(observables, sampling_task, switch("include_sampling_task", include_sampling_task))
     chosen = settings_of(lr=lr, n_beta=n_beta, **settings)
+    if chosen.num_chains * chosen.num_draws < 2:
+        raise InputValueError(got("num_draws", chosen.num_draws, "at least 2 with one chain", "A covariance needs more."))
     inputs = Inputs.of(model, dataset, observables, chosen, device=device, loss_fn=loss_fn)
-    requests = {name: Request.of(inputs, masks[name], _path_of(output_path, name)) for name in masks}
+    requests = {
+        name: Request.of(inputs, _masks(model, name, weight_restrictions[name]), path_of_run(output_path, name))
+        for name in names
+    }
+    check_space(requests[FULL].path, *layout(chosen, inputs.batches.tokens.length, inputs.observables), count=len(requests))
     _check_stored(requests)
     with Progress(len(requests) * num_rows(inputs), FULL, progress) as bar:
         runs, failed = _run_all(requests, options, bar)
@@ -180,7 +188,7 @@ def _run_all(requests: Mapping[str, Request], options: Options, bar: Progress) -
     lr = metadata_of(full)["step_size"]["lr"]
     for number, (name, request) in enumerate(((n, r) for n, r in requests.items() if n != FULL), start=2):
         bar.describe(f"{name} ({number} of {len(requests)})")
-        due = bar.done + num_rows(request.inputs)
+        due = bar.done + bar.skipped + num_rows(request.inputs)
         try:
             made = run(_at_step_size(request, lr), bar, probe=False)
             usable_chains(root_of(made), options.on_diverged)
@@ -188,7 +196,7 @@ def _run_all(requests: Mapping[str, Request], options: Options, bar: Progress) -
         except Exception as error:  # whatever it is, the other restrictions are not lost
             failed[name] = f"{type(error).__name__}: {error}"
             logger.warning("restriction %s failed: %s", name, failed[name])
-        bar.skip(max(0, due - bar.done) if name in failed else 0)
+        bar.skip(due - bar.done - bar.skipped)
     if len(runs) == 1:
         raise ChainsUnusable("every restriction failed. " + "; ".join(f"{n}: {reason}" for n, reason in failed.items()))
     return runs, failed
@@ -201,8 +209,8 @@ def _at_step_size(request: Request, lr: float) -> Request:
     return replace(request, inputs=replace(inputs, settings=replace(inputs.settings, lr=lr)))
 
 
-def _check_restrictions(model: nn.Module, given: Any) -> dict[str, Any]:
-    """Masks by name, the whole model first."""
+def _check_names(given: Any) -> list[str]:
+    """Names of the restrictions, the whole model first."""
     if not isinstance(given, Mapping):
         raise InputTypeError(got("weight_restrictions", given, "a dict: name -> masks", "Try {'full': None, 'l0h0': 'l0h0'}."))
     if FULL not in given:
@@ -218,17 +226,25 @@ def _check_restrictions(model: nn.Module, given: Any) -> dict[str, Any]:
         if (folded := name.casefold()) in seen:
             raise InputValueError(f"weight_restrictions: {name!r} and {seen[folded]!r} would share a file. Rename one of them.")
         seen[folded] = name
-    masks = {}
-    for name in (FULL, *(name for name in given if name != FULL)):
-        value = given[name]
-        masks[name] = create_param_masks(model, value) if isinstance(value, str | list) else value
-    return masks
+    return [FULL, *(name for name in given if name != FULL)]
+
+
+def _masks(model: nn.Module, name: str, value: Any) -> Any:
+    """Masks as given, or of the component that is named."""
+    if not isinstance(value, str | list):
+        return value
+    try:
+        return create_param_masks(model, value)
+    except DevinterpInputError as error:
+        raise InputValueError(f"weight_restrictions[{name!r}]: {error}") from error
 
 
 def _check_task(observables: Any, task: Any, include_sampling_task: bool) -> None:
-    known = list(observables) if isinstance(observables, Mapping) else observables
-    stored = {stored_name(name) for name in observables} if isinstance(observables, Mapping) else set()
-    if not isinstance(task, str) or stored_name(task) not in stored:
+    if not isinstance(observables, Mapping):
+        fix = "Try {'pile': tokens, 'code': others}."
+        raise InputTypeError(got("observables", observables, "a dict: name -> dataset or (dataset, batches)", fix))
+    known, stored = list(observables), {stored_name(name) for name in observables}
+    if not isinstance(task, str) or stored_name(task, "sampling_task") not in stored:
         fix = "Add the sampling data under this name, for example {'pile': (tokens, 10), ...}."
         raise InputValueError(got("sampling_task", task, f"one of the observables {known}", fix))
     if len(stored) == 1 and not include_sampling_task:
@@ -236,7 +252,7 @@ def _check_task(observables: Any, task: Any, include_sampling_task: bool) -> Non
         raise InputValueError(got("observables", known, "at least one besides the sampling task", fix))
 
 
-def _path_of(output_path: Any, name: str) -> Any:
+def path_of_run(output_path: Any, name: str) -> Any:
     """`<stem>_<name><suffix>`; what is no path is left for the run's own check to refuse."""
     if not isinstance(output_path, str | os.PathLike):
         return output_path

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any, Literal, overload
 
+import torch
 from torch import Tensor, nn
 
 from devinterp.engine.discovery.masks import Mask, runs
@@ -71,6 +72,8 @@ def preview_weight_restriction(model: nn.Module, masks: Mapping[str, Tensor | Ma
         InputValueError: a name that is no parameter of the model, or a mask of another shape.
         InputTypeError: masks that are no dict of tensors, `Mask` or None.
     """
+    if not isinstance(model, nn.Module):
+        raise InputTypeError(got("model", type(model), "a torch.nn.Module", "Load it first."))
     parameters = dict(model.named_parameters())
     chosen = {name: _checked(name, mask, parameters) for name, mask in _mapping(masks).items()}
     if plain:
@@ -99,6 +102,8 @@ def _checked(name: str, mask: Any, parameters: Mapping[str, Tensor]) -> tuple[st
         raise InputValueError(got(f"masks[{name!r}]", tuple(mask.shape), f"of the parameter's shape {shape}", ""))
     if isinstance(mask, Mask):
         return _words(mask), mask.numel
+    if mask.dtype != torch.bool and not ((mask == 0) | (mask == 1)).all():
+        raise InputValueError(got(f"masks[{name!r}]", "a mask with other values", "made of 0 and 1", "sample() refuses it."))
     chosen = mask.bool()
     count = int(chosen.sum())
     if not count:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import xarray as xr
 from torch import nn
@@ -82,6 +83,17 @@ def layout(settings: Settings, length: int, observables: Sequence[Observable]) -
         **{f"batch_{observable.name}": len(observable.ids) for observable in observables},
     }
     return described, sizes
+
+
+def unsampled(settings: Settings, length: int, observables: Sequence[Observable]) -> xr.Dataset:
+    """The dataset that a run will store, in shape alone: arrays of one repeated zero, which take no memory."""
+    described, sizes = layout(settings, length, observables)
+    arrays = {
+        name: (variable.dims, np.broadcast_to(np.zeros((), variable.dtype), tuple(sizes[dim] for dim in variable.dims)))
+        for name, variable in described.items()
+    }
+    listed = [{"obs_id": observable.name} for observable in observables]
+    return xr.Dataset(arrays, attrs={"metadata": {"config": {"sampler": {}, "observables": listed}}})
 
 
 def open_writer(path: Path | None, plan: Plan, metadata: dict[str, Any], known: xr.DataTree | None) -> StoreWriter:

@@ -88,7 +88,7 @@ def chosen_observables(ds: xr.Dataset, argument: str, asked: Any) -> list[str]:
         return sorted(known)
     if isinstance(asked, str) or not isinstance(asked, Sequence):
         raise InputTypeError(got(argument, asked, "'all' or a list of names", f"Try {known[:2]}."))
-    names = [stored_name(name) for name in asked]
+    names = [stored_name(name, argument) for name in asked]
     if not names or len(set(names)) < len(names):
         raise InputValueError(got(argument, asked, "a list of different names, at least one", f"There are {known}."))
     if unknown := [name for name in names if name not in known]:

@@ -147,10 +147,10 @@ def stored_bytes(variables: Mapping[str, Variable], sizes: Mapping[str, int]) ->
     )
 
 
-def check_space(path: Path | None, variables: Mapping[str, Variable], sizes: Mapping[str, int]) -> None:
-    """Whether a run of this size fits where it will be written."""
+def check_space(path: Path | None, variables: Mapping[str, Variable], sizes: Mapping[str, int], count: int = 1) -> None:
+    """Whether `count` runs of this size fit where they will be written."""
     folder = Path(tempfile.gettempdir()) if path is None else next(p for p in path.absolute().parents if p.exists())
-    needed, free = stored_bytes(variables, sizes), shutil.disk_usage(folder).free
+    needed, free = count * stored_bytes(variables, sizes), shutil.disk_usage(folder).free
     if needed > free:
         raise OSError(
             errno.ENOSPC,
