@@ -28,6 +28,7 @@ class Bug:
 
 LAWS, CHAIN, MODEL, LLC = "tests/test_laws.py", "tests/test_chain.py", "tests/test_model_untouched.py", "tests/test_llc.py"
 SGLD, LM = "samplers/sgld.py", "samplers/leimkuhler_matthews.py"
+BIF, SUS, DEAD = "tests/test_bif.py", "tests/test_susceptibilities.py", "tests/test_dead_heads.py"
 RMS, LOOP = "samplers/rmsprop_sgld.py", "engine/chain.py"
 
 BUGS = [
@@ -77,6 +78,16 @@ BUGS = [
     Bug("rows overwritten at the tail", "store/writer.py", "start = self._written[name]", "start = 0", "tests/test_store.py"),
     Bug("curvature at the checkpoint alone", "engine/curvature.py", "after_pilot = max(after_pilot, h)", "after_pilot = 0.0",
         "tests/test_curvature.py"),
+    Bug("covariance over N, not N - 1", "analysis/moments.py", "(observations - groups) ** 0.5", "observations**0.5", BIF),
+    Bug("traces not centred", "analysis/moments.py", "    for _ in range(2):\n", "    for _ in range(0):\n", BIF),
+    Bug("sequences and tokens of a pair exchanged", "slt/bif_results.py", ".transpose(0, 2, 1, 3)\n            yield", ".transpose(0, 2, 3, 1)\n            yield", BIF),
+    Bug("observables in the order of sampling", "store/traces.py", "return sorted(known)", "return list(known)", BIF),
+    Bug("tokens told one position early", "slt/bif_results.py", "ids[n // length, n % length + 1]", "ids[n // length, n % length]", BIF),
+    Bug("two-chain without the whole model", "analysis/susceptibility.py", "self.g / self.count * (full.d", "0 * self.g / self.count * (full.d", SUS),
+    Bug("susceptibility with the other sign", "analysis/susceptibility.py", "(self.gd - self.g * self.d / self.count)", "(self.g * self.d / self.count - self.gd)", SUS),
+    Bug("baseline of the sampling stream", "slt/suites.py", 'f"init_loss_{suite.task}" if known', '"init_loss" if known', SUS),
+    Bug("a failed chain left as it is", "slt/running.py", "in (RUNNING, FAILED):", "in (RUNNING,):", SUS),
+    Bug("norms that couple the heads", "engine/discovery/probe.py", NORM_RIGHT, NORM_WRONG, DEAD),
 ]  # fmt: skip
 
 
