@@ -87,7 +87,7 @@ BUGS = [
     Bug("susceptibility with the other sign", "analysis/susceptibility.py", "(self.gd - self.g * self.d / self.count)", "(self.g * self.d / self.count - self.gd)", SUS),
     Bug("baseline of the sampling stream", "slt/suites.py", 'f"init_loss_{suite.task}" if known', '"init_loss" if known', SUS),
     Bug("a failed chain left as it is", "slt/running.py", "in (RUNNING, FAILED):", "in (RUNNING,):", SUS),
-    Bug("norms that couple the heads", "engine/discovery/probe.py", NORM_RIGHT, NORM_WRONG, DEAD),
+    Bug("norms that couple the heads", "engine/discovery/probe.py", "return value.detach() if isinstance(value, Tensor) else value", "return value", DEAD),
 ]  # fmt: skip
 
 
