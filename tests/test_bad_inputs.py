@@ -89,7 +89,7 @@ OBSERVABLES = [
     ({"x" * 300: DATA}, "1 to 64"),
     ({"naïve": DATA}, "naïve"),
     ({"sampling": DATA}, "taken"),
-    ({3: DATA}, "strings as names"),
+    ({3: DATA}, "observables=3: must be a string"),
     (DATA, "a dict"),
     (None, "a dict"),
 ]

@@ -131,6 +131,31 @@ def test_exact_on_a_quadratic_and_its_sign():
     assert truth[list(ids).index(0)] < 0, "the row that the component serves most: expression is negative"
 
 
+def test_the_sign_on_a_trained_model():
+    """What a layer has learned to predict it expresses: negative. What cannot be predicted has nothing to lose: positive."""
+    rng = np.random.default_rng(0)
+    first, after = rng.integers(0, 5, (2, 256)), rng.integers(0, 5, (3, 256))
+    # 0..4 is always followed by itself + 5, which is followed by anything of 0..4
+    ids = np.stack([first[0], first[0] + 5, first[1], first[1] + 5, after[0], after[0] + 5], axis=1)
+    data = type(DATA).from_dict({"input_ids": ids.tolist()})
+    model, tokens = TinyLM(), torch.as_tensor(ids)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+    for _ in range(150):
+        losses = torch.nn.functional.cross_entropy(model(tokens)[:, :-1].transpose(1, 2), tokens[:, 1:])
+        optimizer.zero_grad()
+        losses.backward()
+        optimizer.step()
+    settings = SHORT | {"lr": "auto", "sampling_method": "leimkuhler_matthews", "n_beta": 100.0, "localization": 10.0,
+                        "batch_size": 32, "num_draws": 150, "num_burnin_steps": 50}  # fmt: skip
+    tree = devinterp.susceptibilities(
+        model, data, {"task": (data, 2), "probe": (data, 2)}, {"full": None, "mix": MASKS["mix"]}, sampling_task="task",
+        estimator="one_chain", **settings,
+    )  # fmt: skip
+    by_position = column(tree, "mix", 0, (64, 5)).mean(0)
+    assert (by_position[[0, 2, 4]] < 0).all(), "the second of each pair is predictable"
+    assert by_position[[1, 3]].mean() > 0, "the first is not"
+
+
 def test_one_call_samples_every_restriction_and_goes_on_where_it_stopped(tmp_path, runs):
     path = tmp_path / "suite.zarr"
     whole = devinterp.susceptibilities(TinyLM(), DATA, OBSERVABLES, MASKS, sampling_task="pile", output_path=path, **SHORT)
