@@ -71,7 +71,7 @@ BUGS = [
         "anchor = self.weights[block.where], self.weights[block.where].clone()", LAWS),
     Bug("no bounding box", LOOP, "if box is not None:", "if False:", LAWS),
     Bug("unpaired baseline", "slt/llc.py", '(ds["baseline_loss"]) if "baseline_loss" in ds', '(ds["baseline_loss"]) if False', LLC),
-    Bug("diverged chains averaged in", "slt/llc.py", "if status[chain] != COMPLETE]", "if False]", LLC),
+    Bug("diverged chains averaged in", "store/samples.py", "if status[chain] != COMPLETE]", "if False]", LLC),
     Bug("errors of shared batches ignored", "analysis/uncertainty.py", "return max(errors)", "return errors[0]", LLC),
     Bug("autocorrelation ignored", "analysis/uncertainty.py", "return max(errors)", "return trace.std() / trace.size**0.5", LLC),
     Bug("stale store returned", "store/runs.py", "if lines := differences(stored, fingerprint):", "if lines := []:", "tests/test_store.py"),
