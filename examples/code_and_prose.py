@@ -6,14 +6,10 @@ Influences (BIF) come from a run of the whole model, susceptibilities from runs 
 the one-chain kind: two-chain values contain a term "component times token", here 97 % of the variance of all tokens.
 """
 
-import argparse
-import logging
 from pathlib import Path
 
-import datasets
 import numpy as np
 import training_run
-import transformers
 import xarray as xr
 from datasets import Dataset, concatenate_datasets
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -111,11 +107,4 @@ def title(checkpoint: Path, settings: dict) -> str:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--output", type=Path, default=Path("demo_output"), help="folder of training_run.py")
-    arguments = parser.parse_args()
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    logging.getLogger("devinterp").setLevel(logging.INFO)
-    transformers.utils.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-    run(arguments.output)
+    run(training_run.folder_asked_for(__doc__.split("\n")[0]))

@@ -167,12 +167,18 @@ def print_row(row: dict, header: bool) -> None:
     )
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--output", type=Path, default=Path("demo_output"), help="folder for checkpoints, stores, picture")
+def folder_asked_for(description: str) -> Path:
+    """The command line of both demonstrations; libraries are told to be quiet."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--output", type=Path, default=Path("demo_output"), help="folder for checkpoints, stores, pictures")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("devinterp").setLevel(logging.INFO)
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    run(arguments.output)
+    folder: Path = arguments.output
+    return folder
+
+
+if __name__ == "__main__":
+    run(folder_asked_for(__doc__.split("\n")[0]))

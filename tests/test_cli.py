@@ -188,6 +188,7 @@ WRONG = [
         "no layer 9",
     ),
     (("components", "model", "l0h7"), "head 7 of 2"),
+    (("llc", "model", "--data", "text.txt", "--observable", "a=none.txt", "--context", "16"), "--observable a='none.txt'"),
     (
         ("llc", "model", "--data", "text.txt", "--observable", "a=text.txt", "--observable", "a=text.jsonl"),
         "Give each name once",
@@ -213,6 +214,17 @@ def test_failures_have_exit_code_1_and_debug_shows_where(cli):
     assert "Traceback" not in done.stderr
     with pytest.raises(StoreError):
         cli("--debug", "show", "text.txt")
+
+
+def test_an_interrupted_run_says_so_and_how_to_go_on(cli, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("devinterp.slt.running.record_chain", interrupted)
+    done = cli("llc", "model", "--data", "text.txt", "--output", "interrupted", *QUICK)
+    assert done.returncode == 130
+    assert "interrupted; ask again with the same options" in done.stderr
+    monkeypatch.undo()
 
 
 def test_as_a_module_in_a_process_of_its_own(folder):

@@ -27,6 +27,8 @@ app.command("susceptibilities")(commands.susceptibilities_command)
 app.command("components")(commands.components_command)
 app.command("show")(commands.show_command)
 
+INTERRUPTED = 130
+
 
 @app.callback()
 def main_options(
@@ -46,16 +48,19 @@ def main() -> None:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     try:
-        app(standalone_mode=False)
+        code = app(standalone_mode=False)  # Typer turns Ctrl-C into a returned 130
     except typer.Exit as exit_:
-        sys.exit(exit_.exit_code)
+        code = exit_.exit_code
     except (KeyboardInterrupt, typer.Abort):
-        typer.echo("interrupted; ask again with the same options to run the chains that are not complete", err=True)
-        sys.exit(130)
+        code = INTERRUPTED
     except Exception as error:
         if debug:
             raise
-        sys.exit(_report(error))
+        code = _report(error)
+    if code == INTERRUPTED:
+        typer.echo("interrupted; ask again with the same options to run the chains that are not complete", err=True)
+    if code:
+        sys.exit(code)
 
 
 def _report(error: Exception) -> int:

@@ -22,16 +22,16 @@ def load_model(model: str, revision: str | None) -> tuple[Any, Any]:
         raise InputValueError(got("MODEL", model, "a directory with a model and tokenizer, or a hub id", fix)) from error
 
 
-def tokenize(source: str, tokenizer: Any, column: str, split: str, context: int, sequences: int) -> Any:
+def tokenize(option: str, source: str, tokenizer: Any, column: str, split: str, context: int, sequences: int) -> Any:
     from devinterp.utils import tokenize_and_concatenate
 
-    text = load_text(source, column, split)
+    text = load_text(option, source, column, split)
     made = tokenize_and_concatenate(text, tokenizer, max_length=context, column_name=column,
                                     add_bos_token=tokenizer.bos_token_id is not None)  # fmt: skip
     return made.select(range(min(len(made), sequences)))
 
 
-def load_text(source: str, column: str, split: str) -> Any:
+def load_text(option: str, source: str, column: str, split: str) -> Any:
     from datasets import Dataset, load_dataset
 
     path = Path(source)
@@ -39,15 +39,15 @@ def load_text(source: str, column: str, split: str) -> Any:
         try:
             return Dataset.from_dict({column: [path.read_text()]})
         except UnicodeDecodeError as error:
-            raise InputValueError(got("--data", source, "text in UTF-8", str(error))) from error
+            raise InputValueError(got(option, source, "text in UTF-8", str(error))) from error
     readers = {".jsonl": Dataset.from_json, ".json": Dataset.from_json, ".parquet": Dataset.from_parquet}
     if path.suffix in readers and path.is_file():
         return readers[path.suffix](str(path))
     if path.exists() or path.suffix in (*readers, ".txt"):
         problem = "no such file" if not path.exists() else "unknown ending"
-        raise InputValueError(got("--data", source, "a .txt, .jsonl or .parquet file, or a hub dataset", f"{problem}."))
+        raise InputValueError(got(option, source, "a .txt, .jsonl or .parquet file, or a hub dataset", f"{problem}."))
     try:
         return load_dataset(source, split=split)
     except Exception as error:
         reason = str(error).strip().split("\n")[0]
-        raise InputValueError(got("--data", source, "a file or a hub dataset", f"Check the name. ({reason})")) from error
+        raise InputValueError(got(option, source, "a file or a hub dataset", f"Check the name. ({reason})")) from error

@@ -71,16 +71,16 @@ class Job:
 
     @cached_property
     def dataset(self) -> Any:
-        tokens = self._tokens(self.data)
+        tokens = self._tokens("--data", self.data)
         typer.echo(f"{len(tokens)} sequences of {self.context} tokens from {self.data}")
         return tokens
 
     @cached_property
     def observables(self) -> dict[str, Any]:
-        return {name: self._tokens(source) for name, source in self.sources.items()}
+        return {name: self._tokens(f"--observable {name}", source) for name, source in self.sources.items()}
 
-    def _tokens(self, source: str) -> Any:
-        return tokenize(source, self.tokenizer, self.column, self.split, self.context, self.sequences)
+    def _tokens(self, option: str, source: str) -> Any:
+        return tokenize(option, source, self.tokenizer, self.column, self.split, self.context, self.sequences)
 
     def path(self, command: str) -> Path:
         """Where the store goes: as asked, or named after command and model."""
