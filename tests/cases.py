@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from devinterp.engine.batches import Batches
 from devinterp.engine.chain import Plan
 from devinterp.engine.checkpoint import Checkpoint
+from devinterp.engine.forward import Forward
 from devinterp.engine.selection import Selection, check_masks
 from devinterp.engine.settings import Settings
 from devinterp.engine.tokens import check_observables, check_tokens
@@ -107,4 +108,4 @@ def plan_of(
     checkpoint = Checkpoint(model, loss_fn, torch.device("cpu"), chosen.train_mode)
     selection = Selection.of(checkpoint.parameters, check_masks(model, masks))
     sampler = chosen.sampler(1.0 if chosen.lr == "auto" else float(chosen.lr))
-    return Plan(chosen, sampler, checkpoint, selection, Batches.of(tokens, chosen), seen)
+    return Plan(chosen, sampler, Forward(checkpoint), selection, Batches.of(tokens, chosen), seen)

@@ -7,7 +7,7 @@ from cases import TinyLM, Weights, linear, plan_of, quadratic, random_tokens, ro
 from datasets import Dataset
 
 import devinterp
-from devinterp.engine.chain import Walker, run_chain
+from devinterp.engine.chain import Walker, run_chains
 from devinterp.engine.settings import Settings
 
 QUIET = {"noise_level": 0.0, "num_init_loss_batches": 1, "progress": False, "num_chains": 1}
@@ -101,8 +101,8 @@ def test_a_chain_against_a_slow_obvious_loop(tiny, tokens):
     settings = {"lr": 2e-3, "n_beta": 15.0, "localization": 7.0, "llc_weight_decay": 0.5, "batch_size": 4, "num_draws": 6,
                 "gradient_accumulation_steps": 2}  # fmt: skip
     plan = plan_of(tiny, tokens, **settings)
-    snapshots = list(run_chain(plan, 1))
-    rng = torch.Generator().manual_seed(Walker(plan, 1).rng.initial_seed())
+    snapshots = list(run_chains(plan, [1]))
+    rng = torch.Generator().manual_seed(Walker(plan, 1).rngs[0].initial_seed())
     size = sum(p.numel() for p in tiny.parameters())
     torch.randn(size, generator=rng)  # the noise handed to the sampler's init
     model = TinyLM()
@@ -152,12 +152,12 @@ def test_metrics_are_the_parts_of_the_update():
                    llc_weight_decay=decay, save_metrics=True, num_draws=3)  # fmt: skip
     walker = Walker(plan, 0)
     for t in range(3):
-        w = walker.weights.double().clone()
+        w = walker.weights[0].double().clone()
         walker.differentiate(t)
         metrics = walker.step()
         g = 2.0 * (w - 0.3)
         grad, localization, shrink = -lr / 2 * n_beta * g, -lr / 2 * gamma * (w - start), -lr / 2 * decay * w
-        noise = walker.weights.double() - w - grad - localization - shrink
+        noise = walker.weights[0].double() - w - grad - localization - shrink
         prior = localization + shrink
         expected = {
             "scaled_grad": grad.norm(), "unscaled_grad": g.norm(), "localization": localization.norm(),

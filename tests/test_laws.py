@@ -24,7 +24,7 @@ def walk(plan, steps: int = T, chain: int = 0) -> np.ndarray:
     for t in range(steps):
         walker.differentiate(t)
         walker.step()
-    return walker.weights.numpy()
+    return walker.weights[0].numpy()
 
 
 def run(start: float = 0.0, centre: float = 0.0, steps: int = T, dimension: int = D, **settings) -> np.ndarray:
@@ -75,12 +75,12 @@ def test_leimkuhler_matthews_autocovariance(lag):
     walker = Walker(plan, 0)
     for t in range(30 + lag):
         if t == 30:
-            before = walker.weights.clone()
+            before = walker.weights[0].clone()
         walker.differentiate(t)
         walker.step()
     rho = 1 - 0.2 * A / 2
     expected = rho ** (lag - 1) * (rho / A + 0.2 / 4)
-    products = (before * walker.weights).double().numpy()
+    products = (before * walker.weights[0]).double().numpy()
     assert abs(products.mean() - expected) < LIMIT * products.std() / D**0.5
 
 

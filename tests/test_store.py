@@ -198,22 +198,33 @@ def test_what_is_not_this_run_is_never_touched(tmp_path, kind):
     assert contents(path) == before
 
 
-def test_a_run_that_broke_off_is_finished_by_the_same_call(tmp_path):
+def test_a_run_that_broke_off_is_finished_by_the_same_call(tmp_path, monkeypatch):
     whole = run(tmp_path / "whole").load()
+    from devinterp.slt import running
 
     class Stops(TinyLM):
-        left = 0
+        left, on_trial = 10**9, False
 
         def forward(self, ids):
-            self.left -= (tmp_path / "run").exists()  # the probes before it are not on trial here
+            self.left -= Stops.on_trial  # the probes before the run are not
             if not self.left:
                 raise KeyboardInterrupt
             return super().forward(ids)
 
-    # in the baseline (7 forwards, after 3 of probing), early in chain 0 (13 forwards), late in it, and in chain 1
-    for forwards in (2, 12, 21, 30):
+    def tried(*arguments, do=running.do):
+        Stops.on_trial = True
+        try:
+            return (yield from do(*arguments))
+        finally:
+            Stops.on_trial = False
+
+    monkeypatch.setattr(running, "do", tried)
+    counting = Stops()
+    run(tmp_path / "counted", model=counting)
+    # in the baseline, early in chain 0, late in it, and in chain 1
+    for share in (0.1, 0.35, 0.55, 0.8):
         model = Stops()
-        model.left = forwards
+        model.left = round(share * (10**9 - counting.left))
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path / "run", model=model)
         stopped = open_store(tmp_path / "run")

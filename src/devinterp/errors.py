@@ -49,6 +49,13 @@ class ChainDiverged(DevinterpError, RuntimeError):
         )
         self.chain, self.step, self.lr = chain, step, lr
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ChainDiverged, (self.chain, self.step, self.lr)
+
+
+class ChainFailed(DevinterpError, RuntimeError):
+    """A chain ended in an error of the model, the machine or the disk. The others were run to their end and are stored."""
+
 
 class ChainsUnusable(DevinterpError, RuntimeError):
     """An estimate was asked of chains that diverged, failed or are not finished."""

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from devinterp.engine.chain import Plan, dropout_seed, observable_losses
+from devinterp.engine.chain import Plan, dropout_seed, observed_rows
 from devinterp.engine.tokens import Observable
 
 
@@ -24,7 +24,12 @@ def init_loss(plan: Plan, chain: int) -> Tensor:
 @torch.no_grad()
 def init_loss_of(plan: Plan, observable: Observable) -> Tensor:
     """Loss at the checkpoint on the observable's own tokens, shape (batch_{obs}, token_pos)."""
-    return observable_losses(plan, {}, observable)
+    forward = plan.forward
+    buffers, parts = forward.checkpoint.buffers(), []
+    for start, ids in observed_rows(plan, observable):
+        with forward.observing():
+            parts.append(forward.losses({}, ids, buffers, start))
+    return torch.cat(parts)
 
 
 @torch.no_grad()
@@ -35,10 +40,10 @@ def baseline_losses(plan: Plan, chain: int) -> Iterator[Tensor]:
 
 
 def _losses(plan: Plan, chain: int, t: int) -> Tensor:
-    checkpoint, buffers = plan.checkpoint, plan.checkpoint.buffers()
+    forward, buffers = plan.forward, plan.checkpoint.buffers()
     return torch.cat(
         [
-            checkpoint.losses({}, checkpoint.ids(ids), buffers, dropout_seed(plan, chain, t, j))
+            forward.losses({}, forward.checkpoint.ids(ids), buffers, dropout_seed(plan, chain, t, j))
             for j, ids in enumerate(plan.batches.step(chain, t))
         ]
     )

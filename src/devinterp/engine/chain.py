@@ -1,7 +1,11 @@
-"""One chain: a pure function of the plan and the chain's number. The only place where weights change."""
+"""Chains: each a pure function of the plan and its number. The only place where weights change.
+
+A few chains can step together: they share the passes through frozen modules, and, of small models, every operator of the
+others (`torch.func.vmap`). What a chain does is the same; a chain alone is a group of one.
+"""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -10,18 +14,23 @@ from torch import Tensor
 
 from devinterp.engine.batches import Batches
 from devinterp.engine.checkpoint import Checkpoint
+from devinterp.engine.forward import Forward
 from devinterp.engine.posterior import Posterior
+from devinterp.engine.prefix import Recorder
 from devinterp.engine.seeds import noise_generator
 from devinterp.engine.selection import Block, Selection
 from devinterp.engine.settings import Settings
-from devinterp.engine.tokens import Ids, Observable
-from devinterp.errors import ChainDiverged
+from devinterp.engine.tokens import Observable
 from devinterp.samplers import Move, Sampler
 
 BLOCK = {"cpu": 2**16}
 BLOCK_ELSEWHERE = 2**24
 """Elements updated at once: small enough for a CPU's cache, few launches on a GPU. Noise is drawn block by block, so these
 are part of what a chain is a function of."""
+
+PATIENCE = {"cpu": 1}
+PATIENCE_ELSEWHERE = 64
+"""Steps between two looks whether the losses are finite, which a GPU has to be waited for; draws are always looked at"""
 
 METRICS = (
     "scaled_grad",
@@ -42,47 +51,96 @@ class Plan:
 
     settings: Settings
     sampler: Sampler
-    checkpoint: Checkpoint
+    forward: Forward
     selection: Selection
     batches: Batches
     observables: tuple[Observable, ...]
     purpose: str = "noise"
     """keeps the noise of the pilot apart from that of the run"""
 
+    @property
+    def checkpoint(self) -> Checkpoint:
+        return self.forward.checkpoint
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Travels to another process with the weights once, not with every view of them."""
+        indices = {piece.name: piece.index for piece in self.selection.pieces}
+        return _plan_again, (self.settings, self.sampler, self.forward, indices, self.batches, self.observables, self.purpose)
+
+
+def _plan_again(
+    settings: Settings, sampler: Sampler, forward: Forward, indices: dict[str, Tensor | None], *others: Any
+) -> Plan:
+    return Plan(settings, sampler, forward, Selection.of_indices(forward.checkpoint.parameters, indices), *others)
+
 
 @dataclass(frozen=True)
 class Snapshot:
     """A chain after `steps_taken` steps, all of it at the same weights."""
 
+    chain: int
     steps_taken: int
     losses: Tensor
     """per-token losses on the next step's batch, shape (batch, token_pos)"""
     draw: int | None
     observables: dict[str, Tensor]
     """at draws: per-token losses, shape (batch_{obs}, token_pos)"""
-    metrics: dict[str, float] | None
+    metrics: dict[str, Tensor] | None
     """of the step that follows"""
 
 
-def run_chain(plan: Plan, chain: int) -> Iterator[Snapshot]:
-    """Walk one chain; yields after 0, 1, ... num_steps steps.
+@dataclass(frozen=True)
+class Diverged:
+    """A chain whose loss was not finite after this many steps; nothing more comes from it."""
+
+    chain: int
+    steps_taken: int
+
+
+def run_chains(plan: Plan, chains: Sequence[int], recorder: Recorder | None = None) -> Iterator[Snapshot | Diverged]:
+    """Walk some chains side by side; yields each after 0, 1, ... num_steps steps.
 
     The loss of the next step's batch is recorded with the weights that it is taken at: it costs nothing except after the
-    last step, where one forward pass is made for it.
-
-    Raises:
-        ChainDiverged: a loss is not finite.
+    last step, where one forward pass is made for it. Several chains in one call must be of a model that `torch.func.vmap`
+    can carry (`placement.py`); a diverged one leaves the others as they are.
     """
-    walker = Walker(plan, chain)
+    walker, watch = Walker(plan, *chains, recorder=recorder), Watch(chains, plan.selection.device)
     for t in range(plan.settings.num_steps + 1):
         last = t == plan.settings.num_steps
         losses = walker.losses(t) if last else walker.differentiate(t)
         draw = plan.settings.draw_at(t)
         observables = walker.observe() if draw is not None else {}
-        if not all(map(is_finite, (losses, *observables.values()))):
-            raise ChainDiverged(chain, t, plan.sampler.lr)
+        yield from watch.look(t, [losses, *observables.values()], now=draw is not None or last)
+        if not watch.alive:
+            return
         metrics = None if last else walker.step()
-        yield Snapshot(t, losses, draw, observables, metrics)
+        for i, chain in enumerate(chains):
+            if chain in watch.alive:
+                seen = {name: observed[i] for name, observed in observables.items()}
+                told = None if metrics is None else {name: values[i] for name, values in metrics.items()}
+                yield Snapshot(chain, t, losses[i], draw, seen, told)
+
+
+class Watch:
+    """Which chains still have finite losses."""
+
+    def __init__(self, chains: Sequence[int], device: torch.device):
+        self.chains, self.alive = tuple(chains), set(chains)
+        self.patience = PATIENCE.get(device.type, PATIENCE_ELSEWHERE)
+        self._unseen: list[tuple[int, Tensor]] = []
+
+    def look(self, t: int, losses: Sequence[Tensor], now: bool) -> Iterator[Diverged]:
+        """Chains found to have diverged; losses of shape (chain, ...)."""
+        self._unseen.append((t, torch.stack([part.flatten(1).sum(1, dtype=torch.float64) for part in losses]).sum(0)))
+        if not now and len(self._unseen) < self.patience:
+            return
+        sums = torch.stack([total for _, total in self._unseen]).tolist()
+        for i, chain in enumerate(self.chains):
+            first = next((at for (at, _), row in zip(self._unseen, sums, strict=True) if not math.isfinite(row[i])), None)
+            if first is not None and chain in self.alive:
+                self.alive.remove(chain)
+                yield Diverged(chain, first)
+        self._unseen.clear()
 
 
 def update_blocks(selection: Selection) -> list[Block]:
@@ -90,75 +148,109 @@ def update_blocks(selection: Selection) -> list[Block]:
     return list(selection.blocks(BLOCK.get(selection.device.type, BLOCK_ELSEWHERE)))
 
 
-def is_finite(losses: Tensor) -> bool:
-    return math.isfinite(losses.sum(dtype=torch.float64).item())
-
-
 class Walker:
-    """The weights of one chain, and all that moves them."""
+    """The weights of one chain, or of several that step together, and all that moves them. Vectors are (chain, element)."""
 
-    def __init__(self, plan: Plan, chain: int):
-        self.plan, self.chain = plan, chain
+    def __init__(self, plan: Plan, *chains: int, recorder: Recorder | None = None):
+        self.plan, self.chains, self.recorder = plan, chains, recorder
         settings, selection = plan.settings, plan.selection
         self.posterior = Posterior.of(settings)
-        self.rng = noise_generator(selection.device, settings.init_seed, chain, plan.purpose)
+        self.rngs = self._generators(plan.purpose)
         self.blocks = update_blocks(selection)
-        self.weights = selection.initial()
+        self.weights = selection.initial().expand(len(chains), -1)
+        # one chain has the only copy already; of several each gets its own
+        self.weights = self.weights.contiguous() if len(chains) == 1 else self.weights.clone()
         self.gradient = torch.zeros_like(self.weights)
-        self.leaves = selection.leaves(self.weights, self.gradient)
+        self.leaves = selection.leaves(self._vector(self.weights), self._vector(self.gradient))
         self.buffers = plan.checkpoint.buffers()
+        self._noise = self.weights.new_empty(len(chains), min(selection.size, max(b.length for b in self.blocks)))
         if settings.init_noise:
-            start = noise_generator(selection.device, settings.init_seed, chain, "init_noise")
+            start = self._generators("init_noise")
             for block in self.blocks:
-                self.weights[block.where] += settings.init_noise * self._normal(block, start)
+                self.weights[:, block.where] += settings.init_noise * self._normal(block, start)
         self.states: list[Any] = [
-            plan.sampler.init(self.weights[block.where], self._normal(block, self.rng)) for block in self.blocks
+            plan.sampler.init(self.weights[:, block.where], self._normal(block, self.rngs).clone()) for block in self.blocks
         ]
 
-    def _normal(self, block: Block, rng: torch.Generator) -> Tensor:
-        length = block.where.stop - block.where.start
-        return torch.randn(length, generator=rng, dtype=self.weights.dtype, device=self.weights.device)
+    def _generators(self, purpose: str) -> list[torch.Generator]:
+        device, seed = self.plan.selection.device, self.plan.settings.init_seed
+        return [noise_generator(device, seed, chain, purpose) for chain in self.chains]
+
+    def _vector(self, stacked: Tensor) -> Tensor:
+        """Of a chain alone without the dim of chains, so that operators are those of the model itself."""
+        return stacked[0] if len(self.chains) == 1 else stacked
+
+    def _normal(self, block: Block, rngs: list[torch.Generator]) -> Tensor:
+        """Noise for a block, in memory that the next call uses again."""
+        noise = self._noise[:, : block.length]
+        for row, rng in zip(noise, rngs, strict=True):
+            row.normal_(generator=rng)
+        return noise
 
     def differentiate(self, t: int) -> Tensor:
-        """Losses on the batch of step t, and the gradient of their mean, averaged over micro-batches."""
-        micro_batches = self.plan.batches.step(self.chain, t)
+        """Losses on the batch of step t, shape (chain, batch, token_pos), and the gradient of their mean over micro-batches."""
+        count = self.plan.settings.gradient_accumulation_steps
         self.gradient.zero_()
         losses = []
-        for j, ids in enumerate(micro_batches):
-            per_token = self._forward(ids, t, j)
-            # adds into self.gradient in place: the leaves' .grad are views of it
-            torch.autograd.backward(per_token.mean() / len(micro_batches), inputs=self.leaves)
+        for j in range(count):
+            per_token = self._on_batch(t, j)
+            # adds into self.gradient in place: the leaves' .grad are views of it. Chains have no weights in common, so the
+            # gradient of the sum of their losses is each one's own
+            torch.autograd.backward(per_token.mean((1, 2)).sum() / count, inputs=self.leaves)
             losses.append(per_token.detach())
-        return torch.cat(losses)
+        return torch.cat(losses, 1)
 
     @torch.no_grad()
     def losses(self, t: int) -> Tensor:
         """Losses on the batch of step t."""
-        return torch.cat([self._forward(ids, t, j) for j, ids in enumerate(self.plan.batches.step(self.chain, t))])
+        return torch.cat([self._on_batch(t, j) for j in range(self.plan.settings.gradient_accumulation_steps)], 1)
 
-    def _forward(self, ids: Ids, t: int, micro: int) -> Tensor:
-        checkpoint = self.plan.checkpoint
-        moved = self.plan.selection.place(self.leaves)
-        seed = dropout_seed(self.plan, self.chain, t, micro)
-        return checkpoint.losses(moved, checkpoint.ids(ids), self.buffers, seed)
+    def _on_batch(self, t: int, micro: int) -> Tensor:
+        batches, forward = self.plan.batches, self.plan.forward
+        number = t * self.plan.settings.gradient_accumulation_steps + micro
+        seed = dropout_seed(self.plan, self.chains[0], t, micro)
+        if batches.shared or len(self.chains) == 1:
+            ids = forward.checkpoint.ids(batches.micro(self.chains[0], number))
+            key = batches.stream(self.chains[0]), number
+            recorded = None if self.recorder is None else self.recorder.on_batch(key, ids)
+            return self._each(lambda moved: forward.losses(moved, ids, self.buffers, seed, recorded))
+        stacked = torch.stack([forward.checkpoint.ids(batches.micro(chain, number)) for chain in self.chains])
+        return self._each(lambda moved, ids: forward.losses(moved, ids, self.buffers, seed), stacked)
+
+    def _each(self, losses: Callable[..., Tensor], *stacked: Tensor) -> Tensor:
+        """Losses of every chain, from a function of its moved parameters (and its part of what is stacked)."""
+        place = self.plan.selection.place
+        if len(self.chains) == 1:
+            return losses(place(self.leaves), *(part[0] for part in stacked))[None]
+        together: Tensor = torch.func.vmap(lambda leaves, *parts: losses(place(leaves), *parts))(self.leaves, *stacked)
+        return together
 
     @torch.no_grad()
     def observe(self) -> dict[str, Tensor]:
-        """Per-token losses of every observable at the present weights."""
-        moved = self.plan.selection.place(self.leaves)
-        return {obs.name: observable_losses(self.plan, moved, obs) for obs in self.plan.observables}
+        """Per-token losses of every observable at the present weights: (chain, batch_{obs}, token_pos)."""
+        return {observable.name: self._observed(observable) for observable in self.plan.observables}
+
+    def _observed(self, observable: Observable) -> Tensor:
+        forward, recorder = self.plan.forward, self.recorder
+        # fresh buffers: in train_mode an observable must not feed the running statistics of the chain
+        buffers, parts = forward.checkpoint.buffers(), []
+        for start, ids in observed_rows(self.plan, observable, len(self.chains)):
+            with forward.observing():
+                recorded = None if recorder is None else recorder.on_observable((observable.name, start, len(ids)), ids)
+                parts.append(self._each(lambda moved, i=ids, s=start, r=recorded: forward.losses(moved, i, buffers, s, r)))
+        return torch.cat(parts, 1)
 
     @torch.no_grad()
-    def step(self) -> dict[str, float] | None:
-        """Move the weights once; with `save_metrics` tell what the move was made of."""
+    def step(self) -> dict[str, Tensor] | None:
+        """Move the weights once; with `save_metrics` tell what the move was made of, shape (chain,)."""
         box, sums = self.plan.settings.bounding_box_size, Sums() if self.plan.settings.save_metrics else None
         for i, block in enumerate(self.blocks):
-            w, anchor = self.weights[block.where], block.anchor
-            force = self.posterior.force(w, anchor, self.gradient[block.where])
-            move, state = self.plan.sampler.step(force, self.states[i], self._normal(block, self.rng))
+            w, anchor, gradient = self.weights[:, block.where], block.anchor, self.gradient[:, block.where]
+            force = self.posterior.force(w, anchor, gradient)
+            move, state = self.plan.sampler.step(force, self.states[i], self._normal(block, self.rngs))
             self.states[i] = kept_in_place(self.states[i], state)
             if sums is not None:
-                sums.add(self.posterior, w, anchor, self.gradient[block.where], move)
+                sums.add(self.posterior, w, anchor, gradient, move)
             w += move.drift  # the only writes to weights in the library
             w += move.noise
             if box is not None:
@@ -174,13 +266,11 @@ def kept_in_place(old: Any, new: Any) -> Any:
     return replace(new, **{name: getattr(old, name).copy_(t) for name, t in tensors.items() if isinstance(t, Tensor)})
 
 
-def observable_losses(plan: Plan, moved: dict[str, Tensor], observable: Observable) -> Tensor:
-    """Per-token losses of one observable, shape (batch_{obs}, token_pos)."""
-    size, checkpoint = plan.settings.batch_size, plan.checkpoint
-    starts = range(0, len(observable.ids), size)
-    # fresh buffers: in train_mode an observable must not feed the running statistics of the chain
-    buffers = checkpoint.buffers()
-    return torch.cat([checkpoint.losses(moved, checkpoint.ids(observable.ids[i : i + size]), buffers, seed=i) for i in starts])
+def observed_rows(plan: Plan, observable: Observable, chains: int = 1) -> Iterator[tuple[int, Tensor]]:
+    """The rows of an observable as they go through the model: a batch at a time, or several joined; with the first's number."""
+    rows = plan.forward.rows_at_once(plan.settings.batch_size, observable.ids.shape[1], chains)
+    for start in range(0, len(observable.ids), rows):
+        yield start, plan.checkpoint.ids(observable.ids[start : start + rows])
 
 
 def dropout_seed(plan: Plan, chain: int, t: int, micro: int) -> str:
@@ -189,10 +279,10 @@ def dropout_seed(plan: Plan, chain: int, t: int, micro: int) -> str:
 
 
 class Sums:
-    """Squares and products of the parts of a move, summed over blocks in float64."""
+    """Squares and products of the parts of a move, summed over blocks in float64, shape (chain,)."""
 
     def __init__(self) -> None:
-        self.totals = dict.fromkeys(METRICS, 0.0)
+        self.totals: dict[str, Any] = dict.fromkeys(METRICS, 0.0)
 
     def add(self, posterior: Posterior, w: Tensor, anchor: Tensor, gradient: Tensor, move: Move) -> None:
         displacement = w - anchor
@@ -212,7 +302,7 @@ class Sums:
             "dot_prior_noise": (prior, move.noise),
         }
         for name, (a, b) in products.items():
-            self.totals[name] += torch.dot(a.double(), b.double()).item()
+            self.totals[name] = self.totals[name] + (a.double() * b.double()).sum(1)
 
-    def metrics(self) -> dict[str, float]:
-        return {name: value if name.startswith("dot_") else value**0.5 for name, value in self.totals.items()}
+    def metrics(self) -> dict[str, Tensor]:
+        return {name: value if name.startswith("dot_") else value.sqrt() for name, value in self.totals.items()}

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from devinterp.engine.chain import Plan, Walker, is_finite, update_blocks
+from devinterp.engine.chain import Plan, Walker, update_blocks
 from devinterp.engine.posterior import Posterior
 from devinterp.engine.seeds import noise_generator
 from devinterp.engine.selection import Block
@@ -89,7 +89,7 @@ def pilot(plan: Plan, chain: int, lr: float, batches: list[Ids]) -> tuple[float,
         steps = pilot_steps(plan.settings, lr)
         walker = Walker(replace(plan, sampler=plan.settings.sampler(lr), purpose="pilot"), chain)
         if all(_steps(walker, t) for t in range(steps)):
-            h = largest_eigenvalue(plan, walker.weights, batches)
+            h = largest_eigenvalue(plan, walker.weights[0], batches)
             if lr * (posterior.n_beta * h + posterior.prior_precision) < 4:
                 return h, lr, steps
         lr /= 4
@@ -107,9 +107,9 @@ def pilot_steps(settings: Settings, lr: float) -> int:
 
 def _steps(walker: Walker, t: int) -> bool:
     """One step; False where the loss is no longer finite."""
-    finite = is_finite(walker.differentiate(t))
+    total = walker.differentiate(t).sum(dtype=torch.float64).item()
     walker.step()
-    return finite
+    return math.isfinite(total)
 
 
 def warn_if_unstable(plan: Plan) -> None:
@@ -213,8 +213,9 @@ class Curvature:
 
     @torch.enable_grad()
     def _accumulate(self, sign: float) -> None:
-        checkpoint, count = self.plan.checkpoint, sum(map(len, self.batches))
+        # not compiled: here the batches have other shapes
+        forward, count = replace(self.plan.forward, compiled=False), sum(map(len, self.batches))
         for ids in self.batches:
             moved = self.in_float32 | self.plan.selection.place(self.leaves, cast=not self.in_float32)
-            losses = checkpoint.losses(moved, checkpoint.ids(ids), checkpoint.buffers())
+            losses = forward.losses(moved, forward.checkpoint.ids(ids), forward.checkpoint.buffers())
             torch.autograd.backward(losses.mean() * (sign * len(ids) / count), inputs=self.leaves)

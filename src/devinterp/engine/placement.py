@@ -1,33 +1,201 @@
-"""Where chains run: here, one after another. Each is a task `(plan, chain) -> status` that writes its own region."""
+"""Where chains run: one after another, side by side in worker processes, or in one vmap. Decided by sizes, never by timing."""
 
-from typing import Protocol
+import contextlib
+import os
+import tempfile
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
 
-from torch import Tensor
+import numpy as np
+import torch
 
-from devinterp.engine.chain import Plan, run_chain
-from devinterp.engine.progress import Progress
-from devinterp.errors import ChainDiverged
+from devinterp.engine.chain import Plan
+
+LONG_RUN = 3e11
+"""Floating-point operations from which starting worker processes (their imports take seconds) pays"""
+TINY_STEP = 2e7
+"""Operations of a step on a batch up to which operators of a chain alone are all overhead on a CPU"""
+TINY_STEP_ELSEWHERE = 2e10
+MANY_CHAINS = 8
+"""from which a CPU gains by one vmap"""
+WORKER_IDLE_SECONDS = 300
+TRIES = 2
+"""A task whose worker dies is given to another one once"""
+
+Task = TypeVar("Task")
+Work = Callable[[Task], Generator[str, None, Any]]
+"""Does a task, yields a note for the progress display after every step, and returns an outcome"""
 
 
-class RowSink(Protocol):
-    """Takes the rows of one chain, in order."""
+@dataclass(frozen=True)
+class Placement:
+    """How the chains of a run are computed. Kept with the store: threads and vmap change the last digits of numbers."""
 
-    def append(self, name: str, row: Tensor | float) -> None: ...
+    way: str
+    """"processes", "vmap" or "sequential"; the first and the last give equal numbers"""
+    threads: int
+    """of each chain"""
+
+    def chains_per_walker(self, chains: Sequence[int]) -> list[tuple[int, ...]]:
+        """Chains that share every operator."""
+        return [tuple(chains)] if self.way == "vmap" else [(chain,) for chain in chains]
 
 
-def record_chain(plan: Plan, chain: int, rows: RowSink, progress: Progress) -> int | None:
-    """Run one chain into its rows; the step at which it diverged, or None."""
+def decide(asked: str, plan: Plan, num_runs: int = 1) -> Placement:
+    """`chains_together`; for "auto" by this rule:
+
+    - in one vmap where a step of one chain is so small that its operators are all overhead (on a CPU: at least
+      `MANY_CHAINS` chains and at most `TINY_STEP` operations a step);
+    - otherwise on a CPU in processes, where there are several cores and chains, the run is longer than `LONG_RUN` operations
+      and half of the memory holds a copy of the model for each;
+    - otherwise one after another.
+    """
+    threads, chains = torch.get_num_threads(), plan.settings.num_chains
+    if asked == "auto":
+        asked = _rule(plan, num_runs)
+    if asked == "processes":
+        threads = max(1, num_cores() // min(num_cores(), chains * num_runs))
+    return Placement(asked, threads)
+
+
+def _rule(plan: Plan, num_runs: int) -> str:
+    on_cpu, chains = plan.selection.device.type == "cpu", plan.settings.num_chains
+    step, whole = operations(plan)
+    many, tiny = (MANY_CHAINS, TINY_STEP) if on_cpu else (2, TINY_STEP_ELSEWHERE)
+    if chains >= many and step <= tiny and not plan.settings.train_mode:
+        return "vmap"
+    long = whole * num_runs > LONG_RUN
+    if on_cpu and chains * num_runs > 1 and num_cores() > 1 and long and _fits(plan, chains * num_runs):
+        return "processes"
+    return "sequential"
+
+
+def operations(plan: Plan) -> tuple[float, float]:
+    """Floating-point operations of one step of one chain, and of all chains: 2 forward and 4 backward per weight and token."""
+    settings = plan.settings
+    weights = sum(p.numel() for p in plan.checkpoint.parameters.values())
+    tokens = settings.batch_size * settings.gradient_accumulation_steps * plan.batches.tokens.length
+    step = 6.0 * weights * tokens
+    draw = 2.0 * weights * sum(observable.ids.size for observable in plan.observables)
+    return step, settings.num_chains * (settings.num_steps * step + settings.num_draws * draw)
+
+
+def _fits(plan: Plan, chains: int) -> bool:
+    """Whether every worker can have a copy of the model, and its vectors, in half of the memory."""
+    if "SC_PHYS_PAGES" not in os.sysconf_names:
+        return True
+    model = sum(p.numel() * p.element_size() for p in plan.checkpoint.parameters.values())
+    each = model + 4 * 4 * plan.selection.size
+    return min(num_cores(), chains) * each < 0.5 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def num_cores() -> int:
+    """Cores that this process may use."""
+    from loky import cpu_count
+
+    return int(cpu_count())
+
+
+@contextlib.contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Torch's number of threads for the length of the block."""
+    before = torch.get_num_threads()
     try:
-        for snapshot in run_chain(plan, chain):
-            if snapshot.steps_taken < plan.settings.num_steps:
-                rows.append("step_loss", snapshot.losses.mean().item())
-                for name, value in (snapshot.metrics or {}).items():
-                    rows.append(f"metrics_{name}", value)
-            if snapshot.draw is not None:
-                rows.append("sampling_loss", snapshot.losses)
-                for name, losses in snapshot.observables.items():
-                    rows.append(f"loss_{name}", losses)
-            progress.update(f"loss {snapshot.losses.mean().item():.3f}")
-    except ChainDiverged as diverged:
-        return diverged.step
-    return None
+        if count != before:
+            torch.set_num_threads(count)
+        yield
+    finally:
+        if torch.get_num_threads() != before:
+            torch.set_num_threads(before)
+
+
+def do(work: Work[Task], tasks: Sequence[Task], placement: Placement) -> Generator[str, None, list[Any]]:
+    """Do tasks where they are placed; yields the notes of all, and returns their outcomes in order.
+
+    The outcome of a task whose worker process died is a `BrokenProcessPool`.
+    """
+    if placement.way == "processes" and len(tasks) > 1:
+        return (yield from _in_processes(work, tasks, placement.threads))
+    with threads(placement.threads):
+        outcomes: list[Any] = []
+        for task in tasks:
+            outcome = yield from work(task)
+            outcomes.append(outcome)
+    return outcomes
+
+
+def _in_processes(work: Work[Task], tasks: Sequence[Task], num_threads: int) -> Generator[str, None, list[Any]]:
+    """Workers import nothing of the user's script, and stay for the next run; they count their steps in a shared file."""
+    from loky import get_reusable_executor
+
+    workers = min(len(tasks), max(1, num_cores() // num_threads))
+    outcomes: list[Any] = [None] * len(tasks)
+    waiting, tries = list(range(len(tasks))), 0
+    with tempfile.TemporaryDirectory(prefix="devinterp-") as folder:
+        counts = Counts(Path(folder) / "steps", len(tasks), create=True)
+        while waiting and tries < TRIES:
+            executor = get_reusable_executor(max_workers=workers, timeout=WORKER_IDLE_SECONDS)
+            futures: dict[Future[Any], int] = {
+                executor.submit(_exhaust, work, tasks[i], counts.path, i, len(tasks), num_threads): i for i in waiting
+            }
+            done_well = False
+            try:
+                yield from _watched(set(futures), counts)
+                done_well = True
+            finally:
+                if not done_well:  # interrupted: what the workers do is not wanted any more
+                    executor.shutdown(wait=True, kill_workers=True)
+            waiting, tries = [], tries + 1
+            for future, i in futures.items():
+                error = future.exception()
+                outcomes[i] = error if error is not None else future.result()
+                if isinstance(error, BrokenProcessPool):
+                    waiting.append(i)
+                elif error is not None:
+                    raise error
+            waiting.sort()
+            workers = 1 if waiting else workers  # who breaks it is found alone
+    return outcomes
+
+
+def _watched(futures: set[Future[Any]], counts: "Counts") -> Iterator[str]:
+    """One note for every step that was counted, until all is done."""
+    seen = 0
+    while True:
+        _, futures = wait(futures, timeout=0.2, return_when=FIRST_COMPLETED)
+        total = counts.total()
+        for _ in range(total - seen):
+            yield ""
+        seen = max(seen, total)
+        if not futures:
+            return
+
+
+class Counts:
+    """Steps taken by each task, in a file that worker processes map into memory."""
+
+    def __init__(self, path: Path, size: int, create: bool = False):
+        self.path = path
+        self._steps = np.memmap(path, dtype=np.int64, mode="w+" if create else "r+", shape=(size,))
+
+    def add(self, task: int) -> None:
+        self._steps[task] += 1
+
+    def total(self) -> int:
+        return int(self._steps.sum())
+
+
+def _exhaust(work: Work[Task], task: Task, path: Path, number: int, size: int, num_threads: int) -> Any:
+    """In a worker: do one task to its end."""
+    torch.set_num_threads(num_threads)
+    counts, steps = Counts(path, size), work(task)
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            return end.value
+        counts.add(number)

@@ -34,13 +34,15 @@ class Piece:
         return flat[start:stop] if self.index is None else flat[self.index[start:stop]]
 
     def shaped(self, flat: Tensor) -> Tensor:
-        """This piece's stretch of a flat vector; of a whole parameter in its shape.
+        """This piece's stretch of a flat vector (or of a stack of them); of a whole parameter in its shape.
 
         In the parameter's own shape a leaf needs no view in the graph. Autograd would run the views, made before anything
         else, after everything else, and hold all gradients until then.
         """
-        stretch = flat[self.start : self.stop]
-        return stretch.view(self.parameter.shape) if self.index is None else stretch
+        stretch = flat[..., self.start : self.stop]
+        if self.index is not None:
+            return stretch
+        return stretch.view(*flat.shape[:-1], *self.parameter.shape)
 
     def place(self, leaf: Tensor, cast: bool = True) -> Tensor:
         """The parameter with its moving elements taken from `leaf`, differentiable in `leaf`."""
@@ -61,10 +63,18 @@ class Selection:
 
     @classmethod
     def of(cls, parameters: Mapping[str, Tensor], masks: Mapping[str, Tensor | None]) -> "Selection":
+        return cls.of_indices(
+            parameters,
+            {name: None if mask is None else mask.bool().reshape(-1).nonzero().squeeze(1) for name, mask in masks.items()},
+        )
+
+    @classmethod
+    def of_indices(cls, parameters: Mapping[str, Tensor], indices: Mapping[str, Tensor | None]) -> "Selection":
+        """From the flat positions of the moving elements of each parameter; None = all of them."""
         pieces, start = [], 0
-        for name, mask in masks.items():
+        for name, positions in indices.items():
             parameter = parameters[name]
-            index = None if mask is None else mask.to(parameter.device).bool().reshape(-1).nonzero().squeeze(1)
+            index = None if positions is None else positions.to(parameter.device)
             stop = start + (parameter.numel() if index is None else index.numel())
             pieces.append(Piece(name, parameter, index, start, stop))
             start = stop
@@ -111,6 +121,10 @@ class Block:
     where: slice
     parts: tuple[Tensor, ...]
     dtype: torch.dtype
+
+    @property
+    def length(self) -> int:
+        return int(self.where.stop - self.where.start)
 
     @property
     def anchor(self) -> Tensor:

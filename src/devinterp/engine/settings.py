@@ -14,6 +14,9 @@ from devinterp.samplers import SAMPLERS, Sampler
 LARGEST_LR = 1e6
 """No model of float32 weights has a posterior so flat that a larger step is stable."""
 
+WAYS = ("auto", "processes", "vmap", "sequential")
+"""of computing chains together"""
+
 Check = Callable[[str, Any], Any]
 
 
@@ -67,10 +70,12 @@ def switch(name: str, value: Any) -> bool:
     return value
 
 
-def choice(*options: str) -> Check:
-    def check(name: str, value: Any) -> str:
+def choice(*options: str, also: tuple[Any, ...] = ()) -> Check:
+    def check(name: str, value: Any) -> Any:
+        if value in also:
+            return value
         if value not in options:
-            listed = ", ".join(map(repr, options))
+            listed = ", ".join(map(repr, (*options, *also)))
             close = difflib.get_close_matches(str(value), options, n=1, cutoff=0.4) or options[:1]
             raise InputValueError(got(name, value, f"one of {listed}", f"Did you mean {close[0]!r}?"))
         return str(value)
@@ -125,6 +130,9 @@ class Settings:
     )
     save_metrics: bool = _setting(switch, "store per-step diagnostics", False)
     train_mode: bool = _setting(switch, "sample with dropout and batch-norm updates on", False)
+    precision: str | None = _setting(
+        choice("bf16", also=(None,)), "of the observables' forward passes; None = that of the model", None
+    )
 
     def __post_init__(self) -> None:
         for item in fields(self):
@@ -198,6 +206,26 @@ class Settings:
 
 def _warn(message: str) -> None:
     warnings.warn(message, UserWarning, stacklevel=2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Paths:
+    """How numbers are computed. That changes their last digits at most, so it is not part of what a run is."""
+
+    chains_together: str = "auto"
+    reuse_prefix: bool = True
+    compile: bool = False
+
+    def __post_init__(self) -> None:
+        choice(*WAYS)("chains_together", self.chains_together)
+        switch("reuse_prefix", self.reuse_prefix)
+        switch("compile", self.compile)
+
+
+def settings_and_paths(**given: Any) -> tuple[Settings, Paths]:
+    """The arguments of `sample` that are plain values, checked."""
+    paths = Paths(**{item.name: given.pop(item.name) for item in fields(Paths) if item.name in given})
+    return settings_of(**given), paths
 
 
 def settings_of(

@@ -14,7 +14,8 @@ from devinterp.engine.progress import Progress
 from devinterp.errors import InputValueError, got
 from devinterp.slt.bif_blocks import Options, Sides
 from devinterp.slt.bif_results import check_memory, matrix_coords, of_queries, strongest, whole, write_whole
-from devinterp.slt.running import num_rows, request_of, run
+from devinterp.slt.requests import request_of
+from devinterp.slt.running import run
 from devinterp.store.matrices import MatrixWriter
 from devinterp.store.reader import metadata_of
 from devinterp.store.runs import unsampled
@@ -66,7 +67,7 @@ def sample_for(
     sides = Sides(_traces(ahead, options), options)
     if options.output_path is None and options.queries is None and options.top_k is None:
         check_memory(matrix_coords(sides))
-    with Progress(num_rows(request.inputs), "sampling", progress) as bar:
+    with Progress(request.inputs.num_rows, "sampling", progress) as bar:
         return run(request, bar)
 
 

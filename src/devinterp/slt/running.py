@@ -1,226 +1,238 @@
-"""One run: check, plan, run the chains, open the store. Shared by `sample()` and by suites of restrictions."""
+"""A run, or a suite of runs that differ in their masks: plan, place the chains, open the stores."""
 
 import logging
-import time
-import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
+from concurrent.futures import BrokenExecutor
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 import xarray as xr
-from torch import Tensor, nn
 
-from devinterp.engine.baseline import baseline_losses, init_loss, init_loss_of
-from devinterp.engine.batches import Batches
 from devinterp.engine.chain import Plan
-from devinterp.engine.checkpoint import Checkpoint, check_device, check_loss, check_model
 from devinterp.engine.curvature import StepSize, choose_step_size, warn_if_unstable
-from devinterp.engine.placement import record_chain
+from devinterp.engine.forward import Forward
+from devinterp.engine.placement import Placement, decide, do, num_cores
 from devinterp.engine.progress import Progress
-from devinterp.engine.selection import Selection, check_masks
-from devinterp.engine.settings import Settings, choice, settings_of
-from devinterp.engine.tokens import Observable, Tokens, check_observables, check_tokens, warn_about_padding
-from devinterp.errors import ChainDiverged, InputTypeError, got
-from devinterp.store.identity import identity
+from devinterp.engine.proof import find_forward, precision_error, steps_together
+from devinterp.engine.selection import Selection
+from devinterp.errors import ChainDiverged, ChainFailed
+from devinterp.slt.requests import Request
 from devinterp.store.reader import metadata_of, open_store
-from devinterp.store.runs import layout, metadata_for, open_writer, plain, stored_run
+from devinterp.store.recording import Baseline, Chains, Failure, record
+from devinterp.store.runs import metadata_for, open_writer
 from devinterp.store.schema import COMPLETE, DIVERGED, FAILED, RUNNING
-from devinterp.store.writer import StoreWriter, check_output_path, check_space
+from devinterp.store.writer import StoreWriter
 
 logger = logging.getLogger("devinterp")
 
-LONG_RUN = 600.0
-"""Seconds beyond which a run without output_path is warned about"""
+RUNS_TOGETHER = 8
+"""Restrictions that step together at most: they share passes through frozen layers, and are lost together when interrupted"""
+
+Forwards = dict[frozenset[str], Forward]
+"""Fast paths by the parameters that move, so that restrictions of the same parameters are proven once"""
 
 
 @dataclass(frozen=True)
-class Inputs:
-    """Everything of a run except its restriction and its path, checked."""
+class Run:
+    """A run that is planned and has a store, with chains still to be done."""
 
-    model: nn.Module
-    checkpoint: Checkpoint
-    settings: Settings
-    batches: Batches
-    observables: tuple[Observable, ...]
-    on_diverged: str
-
-    @classmethod
-    def of(
-        cls,
-        model: nn.Module,
-        dataset: Any,
-        observables: Mapping[str, Any],
-        settings: Settings,
-        *,
-        device: str | torch.device | None = None,
-        loss_fn: Callable[[nn.Module, Tensor], Tensor] | None = None,
-        on_diverged: str = "record",
-    ) -> "Inputs":
-        choice("record", "raise")("on_diverged", on_diverged)
-        check_model(model)
-        checked_device = check_device(model, device)
-        if loss_fn is not None and not callable(loss_fn):
-            fix = "None takes the next-token cross-entropy."
-            raise InputTypeError(got("loss_fn", loss_fn, "a function (model, input_ids) -> per-token loss", fix))
-        tokens = check_tokens("dataset", dataset, at_least=settings.batch_size)
-        seen = check_observables(observables, tokens.length, settings.batch_size, settings.batches_per_draw, settings.obs_seed)
-        _warn_about_inputs(model, settings, tokens)
-        checkpoint = Checkpoint(model, loss_fn, checked_device, settings.train_mode)
-        return cls(model, checkpoint, settings, Batches.of(tokens, settings), seen, on_diverged)
+    request: Request
+    plan: Plan
+    store: StoreWriter
+    placement: Placement
 
     @property
-    def largest_id(self) -> int:
-        return max([self.batches.tokens.largest, *(int(observable.ids.max()) for observable in self.observables)])
+    def due(self) -> list[int]:
+        """What failed once, for lack of memory or disk, is run again."""
+        return [chain for chain, status in enumerate(self.store.status()) if status in (RUNNING, FAILED)]
 
 
-@dataclass(frozen=True)
-class Request:
-    """One run asked for: the moving weights, and where its store is or will be."""
-
-    inputs: Inputs
-    masks: dict[str, Tensor | None]
-    path: Path | None
-
-    @classmethod
-    def of(cls, inputs: Inputs, param_masks: Any, output_path: Any) -> "Request":
-        path = check_output_path(output_path)
-        masks = check_masks(inputs.model, param_masks)
-        check_space(path, *layout(inputs.settings, inputs.batches.tokens.length, inputs.observables))
-        return cls(inputs, masks, path)
-
-    @cached_property
-    def fingerprint(self) -> dict[str, Any]:
-        inputs = self.inputs
-        return plain(
-            identity(
-                inputs.settings,
-                inputs.checkpoint,
-                inputs.checkpoint.digest_as_found,
-                self.masks,
-                inputs.batches,
-                inputs.observables,
-            )
-        )
-
-    def stored(self) -> xr.DataTree | None:
-        """The run at the path if it is this one; refuses any other thing that is there."""
-        return stored_run(self.path, self.fingerprint)
+def run(request: Request, bar: Progress) -> xr.DataTree:
+    """The run asked for: as stored, or finished, or made."""
+    return open_store(run_to_store(request, bar))
 
 
-def request_of(
-    model: nn.Module,
-    dataset: Any,
-    observables: Mapping[str, Any],
-    *,
-    param_masks: Any = None,
-    output_path: Any = None,
-    device: str | torch.device | None = None,
-    loss_fn: Any = None,
-    on_diverged: str = "record",
-    **settings: Any,
-) -> Request:
-    """The arguments of `sample`, checked."""
-    checked = settings_of(**settings)
-    inputs = Inputs.of(model, dataset, observables, checked, device=device, loss_fn=loss_fn, on_diverged=on_diverged)
-    return Request.of(inputs, param_masks, output_path)
+def run_to_store(request: Request, bar: Progress) -> Path:
+    """Where the run asked for is stored, after what is missing of it was computed.
 
-
-def run(request: Request, bar: Progress, probe: bool = True) -> xr.DataTree:
-    """Return the stored run, or finish it, or make it.
-
-    `probe=False` where a run with the same model, data and a step size that is known to be stable has just been made.
+    Raises:
+        ChainFailed: a chain ended in an error; the others are stored.
+        ChainDiverged: with on_diverged="raise".
     """
+    known = _stored(request, bar)
+    if known is not None and known.attrs.get("completed"):
+        assert request.path is not None
+        return request.path
+    made = prepare(request, known, {}, first=True)
+    if failures := _carry_out([made], None, bar):
+        raise _failed(failures[0])
+    return made.store.path
+
+
+def run_suite(requests: Mapping[str, Request], source: Path, bar: Progress) -> tuple[dict[str, xr.DataTree], dict[str, str]]:
+    """Runs with the model, data and step size of a run that has just been made, at `source`; what failed, and why."""
+    runs: dict[str, xr.DataTree] = {}
+    failed: dict[str, str] = {}
+    prepared: dict[str, Run] = {}
+    forwards: Forwards = {}
+    for name, request in requests.items():
+        try:
+            known = _stored(request, bar)
+            if known is not None and known.attrs.get("completed"):
+                runs[name] = known
+            else:
+                prepared[name] = prepare(request, known, forwards, first=False, num_runs=len(requests))
+        except Exception as error:  # whatever it is, the other restrictions are not lost
+            failed[name] = f"{type(error).__name__}: {error}"
+    failures = _carry_out(list(prepared.values()), source, bar)
+    for number, (name, made) in enumerate(prepared.items()):
+        if number in failures:
+            failed[name] = failures[number].message
+        else:
+            runs[name] = open_store(made.store.path)
+    for name, reason in failed.items():
+        logger.warning("restriction %s failed: %s", name, reason)
+    return {name: runs[name] for name in requests if name in runs}, failed
+
+
+def prepare(request: Request, known: xr.DataTree | None, forwards: Forwards, *, first: bool, num_runs: int = 1) -> Run:
+    """Plan a run and make its store, or open it. `first=False` where the same model and data have just been seen."""
     inputs, settings, checkpoint = request.inputs, request.inputs.settings, request.inputs.checkpoint
+    told: Mapping[str, Any] = {} if known is None else metadata_of(known)
+    with checkpoint.ready():
+        if first:
+            inputs.probe(request.path)
+        selection = Selection.of(checkpoint.parameters, request.masks)
+        moving = frozenset(piece.name for piece in selection.pieces)
+        if moving not in forwards:
+            forwards[moving] = find_forward(
+                checkpoint, selection, inputs.batches.micro(0, 0), reuse_prefix=inputs.paths.reuse_prefix,
+                compiled=inputs.paths.compile, precision=settings.precision,
+            )  # fmt: skip
+        plan = Plan(settings, settings.sampler(1.0), forwards[moving], selection, inputs.batches, inputs.observables)
+        step_size = StepSize(**told["step_size"]) if told else _step_size(plan)
+        plan = replace(plan, sampler=settings.sampler(step_size.lr))
+        plan, placement = _placed(plan, inputs.paths.chains_together, told.get("computed"), num_runs)
+        if first and settings.lr != "auto" and not told:
+            warn_if_unstable(plan)
+        metadata = metadata_for(settings, inputs.model, inputs.observables, request.fingerprint, checkpoint.device)
+        metadata |= {"step_size": asdict(step_size), "computed": asdict(placement) | plan.forward.described()}
+        if settings.precision is not None:
+            metadata["precision_error"] = precision_error(plan.forward, plan.observables, settings.batch_size)
+        return Run(request, plan, open_writer(request.path, plan, metadata, known), placement)
+
+
+def _placed(plan: Plan, asked: str, stored: Mapping[str, Any] | None, num_runs: int) -> tuple[Plan, Placement]:
+    """Where the chains run; a store that is gone on with, as it began."""
+    placement = Placement(stored["way"], stored["threads"]) if stored else decide(asked, plan, num_runs)
+    if placement.way != "vmap":
+        return plan, placement
+    together = replace(plan, forward=replace(plan.forward, head=None))  # its gradients are made outside of autograd
+    if stored or steps_together(together):
+        return together, placement
+    return plan, replace(placement, way="sequential")
+
+
+def _stored(request: Request, bar: Progress) -> xr.DataTree | None:
     known = request.stored()
-    if known is not None and inputs.on_diverged == "raise":
+    if known is not None and request.inputs.on_diverged == "raise":
         _raise_for_diverged(known)
     if known is not None and known.attrs.get("completed"):
         logger.info("%s holds this very run, complete; nothing to compute", request.path)
-        bar.skip(num_rows(inputs))
-        return known
-    metadata = metadata_for(settings, inputs.model, inputs.observables, request.fingerprint, checkpoint.device)
-    with checkpoint.ready():
-        if probe:
-            _probe(inputs, request.path)
-        selection = Selection.of(checkpoint.parameters, request.masks)
-        plan = Plan(settings, settings.sampler(1.0), checkpoint, selection, inputs.batches, inputs.observables)
-        step_size = _step_size(plan, known)
-        plan = replace(plan, sampler=settings.sampler(step_size.lr))
-        if probe and settings.lr != "auto" and known is None:
-            warn_if_unstable(plan)
-        store = open_writer(request.path, plan, metadata | {"step_size": asdict(step_size)}, known)
-        _run(plan, store, inputs.on_diverged, bar)
-    return open_store(store.path)
+        bar.skip(request.inputs.num_rows)
+    return known
 
 
-def num_rows(inputs: Inputs) -> int:
-    """What a run counts up to: the batches of its baseline, and the forward passes on sampling batches of its chains."""
-    settings = inputs.settings
-    return _num_streams(settings) * settings.num_draws + settings.num_chains * (settings.num_steps + 1)
-
-
-def _num_streams(settings: Settings) -> int:
-    return 1 if settings.match_sampling_input_ids_across_chains else settings.num_chains
-
-
-def _probe(inputs: Inputs, path: Path | None) -> None:
-    began = time.monotonic()
-    check_loss(inputs.checkpoint, inputs.checkpoint.ids(inputs.batches.micro(0, 0)), inputs.largest_id)
-    if path is None:
-        _warn_about_losing(inputs.settings, time.monotonic() - began)
-
-
-def _warn_about_inputs(model: nn.Module, settings: Settings, tokens: Tokens) -> None:
-    settings.warn_about()
-    wanted = settings.num_init_loss_batches * settings.gradient_accumulation_steps * settings.batch_size
-    if tokens.num_rows < wanted:
-        _warn(f"dataset has {tokens.num_rows} sequences and init_loss wants {wanted}: some are counted more than once.")
-    config = getattr(model, "config", None)
-    pad, eos = getattr(config, "pad_token_id", None), getattr(config, "eos_token_id", None)
-    if isinstance(pad, int) and pad != eos:
-        warn_about_padding(tokens.rows(np.arange(min(tokens.num_rows, 1000))), pad)
-    if settings.train_mode and any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules()):
-        _warn("train_mode=True: dropout adds noise to every gradient, beyond that of the sampler.")
-    if settings.train_mode and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()):
-        _warn("train_mode=True: batch-norm statistics move with every step of a chain (and are put back afterwards).")
-
-
-def _warn_about_losing(settings: Settings, probe_seconds: float) -> None:
-    expected = probe_seconds * settings.num_steps * settings.num_chains * settings.gradient_accumulation_steps
-    if expected > LONG_RUN:
-        _warn(
-            f"This run may take {expected / 3600:.1f} h, and without output_path its results are deleted when Python "
-            "exits. Try output_path='runs/first'."
-        )
-
-
-def _warn(message: str) -> None:
-    warnings.warn(message, UserWarning, stacklevel=4)
-
-
-def _step_size(plan: Plan, known: xr.DataTree | None) -> StepSize:
-    if known is not None:
-        return StepSize(**metadata_of(known)["step_size"])
+def _step_size(plan: Plan) -> StepSize:
     return choose_step_size(plan) if plan.settings.lr == "auto" else StepSize(float(plan.settings.lr))
 
 
-def _run(plan: Plan, store: StoreWriter, on_diverged: str, bar: Progress) -> None:
-    named = bar.description
-    _record_baseline(plan, store, bar)
-    status = store.status()
-    for chain in range(plan.settings.num_chains):
-        bar.describe(f"{named}, chain {chain + 1}/{plan.settings.num_chains}")
-        due, rows = bar.done, plan.settings.num_steps + 1
-        if status[chain] in (RUNNING, FAILED):  # what failed once, for lack of memory or disk, is run again
-            store.write("chain_status", RUNNING, chain)
-            _record_chain(plan, store, chain, on_diverged, bar)
-        bar.skip(due + rows - bar.done)
-    bar.describe(named)
-    store.finish()
+def _carry_out(runs: Sequence[Run], source: Path | None, bar: Progress) -> dict[int, Failure]:
+    """Do what is due of each run; by number, those with a chain that failed."""
+    failures: dict[int, Failure] = {}
+    due = [made.due for made in runs]
+    end = bar.done + bar.skipped + sum(made.request.inputs.num_rows for made in runs)
+    for placement in {made.placement: None for made in runs}:
+        numbers = [i for i, made in enumerate(runs) if made.placement == placement]
+        tasks: list[tuple[list[int], Baseline | Chains]] = [
+            ([i], Baseline(runs[i].plan, runs[i].store, source)) for i in numbers if due[i]
+        ]
+        tasks += _chain_tasks(runs, numbers, due, placement)
+        steps = do(record, [task for _, task in tasks], placement)
+        while True:
+            try:
+                bar.update(next(steps))
+            except StopIteration as ended:
+                outcomes = ended.value
+                break
+        for (members, task), outcome in zip(tasks, outcomes, strict=True):
+            failures |= _failures_of(runs, members, task, outcome)
+    bar.skip(end - bar.done - bar.skipped)
+    for i, made in enumerate(runs):
+        _tell_of_diverged(made, due[i])
+        if i not in failures:
+            made.store.finish()
+    return failures
+
+
+def _chain_tasks(
+    runs: Sequence[Run], numbers: Sequence[int], due: Sequence[list[int]], placement: Placement
+) -> list[tuple[list[int], Chains]]:
+    """Who steps together: where modules are frozen, as many as share them, spread evenly over the workers."""
+    workers = max(1, num_cores() // placement.threads) if placement.way == "processes" else 1
+    shared = [i for i in numbers if runs[i].plan.forward.prefix is not None]
+    groups: list[tuple[list[int], list[list[tuple[int, ...]]]]] = []
+    if len(shared) == 1:  # of one run, its chains
+        (i,) = shared
+        walkers = placement.chains_per_walker(due[i])
+        groups += [([i], [walkers[worker::workers]]) for worker in range(min(workers, len(walkers)))]
+    elif shared:  # each layer costs something else: dealt out in turn
+        count = max(-(-len(shared) // RUNS_TOGETHER), min(workers, len(shared)))
+        groups += [
+            (shared[number::count], [placement.chains_per_walker(due[i]) for i in shared[number::count]])
+            for number in range(count)
+        ]
+    groups += [([i], [[walker]]) for i in numbers if i not in shared for walker in placement.chains_per_walker(due[i])]
+    return [
+        (
+            members,
+            Chains(
+                tuple(runs[i].plan for i in members),
+                tuple(runs[i].store for i in members),
+                tuple(map(tuple, walkers)),
+                stop_at_divergence=runs[members[0]].request.inputs.on_diverged == "raise",
+            ),
+        )
+        for members, walkers in groups
+    ]  # fmt: skip
+
+
+def _failures_of(runs: Sequence[Run], members: Sequence[int], task: Baseline | Chains, outcome: Any) -> dict[int, Failure]:
+    if not isinstance(outcome, BrokenExecutor):
+        return {members[i]: failure for i, failure in outcome.items()}
+    reason = Failure(f"its worker process died, perhaps for lack of memory ({outcome})", "")
+    if isinstance(task, Chains):
+        for store, walkers in zip(task.stores, task.walkers, strict=True):
+            for chain in (chain for chains in walkers for chain in chains):
+                if store.status()[chain] not in (COMPLETE, DIVERGED):
+                    store.write("chain_status", FAILED, chain)
+    return dict.fromkeys(members, reason)
+
+
+def _failed(failure: Failure) -> ChainFailed:
+    error = ChainFailed(f"{failure.message}. Chains that ended well are stored; the same call again runs the others.")
+    if failure.traceback:
+        error.add_note(failure.traceback)
+    return error
+
+
+def _tell_of_diverged(made: Run, due: Sequence[int]) -> None:
+    status = made.store.status()
+    for chain in due:
+        if status[chain] == DIVERGED:
+            at = made.store.diverged_at(chain)
+            logger.warning("%s The other chains went on.", ChainDiverged(chain, at, made.plan.sampler.lr))
 
 
 def _raise_for_diverged(known: xr.DataTree) -> None:
@@ -228,35 +240,3 @@ def _raise_for_diverged(known: xr.DataTree) -> None:
     for chain, at in enumerate(known.to_dataset()["diverged_at"].values):
         if at >= 0:
             raise ChainDiverged(chain, int(at), float(metadata_of(known)["step_size"]["lr"]))
-
-
-def _record_baseline(plan: Plan, store: StoreWriter, bar: Progress) -> None:
-    settings, shared = plan.settings, plan.settings.match_sampling_input_ids_across_chains
-    for observable in plan.observables:
-        store.write(f"init_loss_{observable.name}", init_loss_of(plan, observable).cpu())
-    for stream in range(_num_streams(settings)):
-        mean = init_loss(plan, stream).cpu()
-        for chain in range(settings.num_chains) if shared else [stream]:
-            store.write("init_loss", mean, chain)
-        with store.rows(None if shared else stream) as rows:
-            for losses in baseline_losses(plan, stream):
-                rows.append("baseline_loss", losses)
-                bar.update("baseline")
-
-
-def _record_chain(plan: Plan, store: StoreWriter, chain: int, on_diverged: str, bar: Progress) -> None:
-    with store.rows(chain) as rows:
-        try:
-            diverged_at = record_chain(plan, chain, rows, bar)
-        except Exception:
-            store.write("chain_status", FAILED, chain)
-            raise
-    if diverged_at is None:
-        store.write("chain_status", COMPLETE, chain)
-        return
-    store.write("diverged_at", diverged_at, chain)
-    store.write("chain_status", DIVERGED, chain)
-    diverged = ChainDiverged(chain, diverged_at, plan.sampler.lr)
-    if on_diverged == "raise":
-        raise diverged
-    logger.warning("%s The other chains go on.", diverged)

@@ -9,7 +9,8 @@ import xarray as xr
 from torch import Tensor, nn
 
 from devinterp.engine.progress import Progress
-from devinterp.slt.running import num_rows, request_of, run
+from devinterp.slt.requests import request_of
+from devinterp.slt.running import run
 
 
 def sample(
@@ -47,6 +48,10 @@ def sample(
     loss_fn: Callable[[nn.Module, Tensor], Tensor] | None = None,
     train_mode: bool = False,
     on_diverged: str = "record",
+    chains_together: str = "auto",
+    reuse_prefix: bool = True,
+    compile: bool = False,
+    precision: str | None = None,
     progress: bool = True,
 ) -> xr.DataTree:
     """Sample weights around a checkpoint and record per-token losses at every draw.
@@ -99,6 +104,12 @@ def sample(
         loss_fn: (model, input_ids) -> per-token loss (batch, token - 1); default next-token cross-entropy.
         train_mode: sample with dropout and batch-norm updates on, from a hashed seed.
         on_diverged: "record" keeps the other chains and marks the diverged one; "raise" stops.
+        chains_together: "processes" (side by side), "vmap" (one pass for all), "sequential", or "auto", which chooses by
+            sizes (docs/speed.md). Results agree to the last digits; the first and last are equal at equal thread count.
+        reuse_prefix: compute what lies before the moving weights once, where that is proven to change nothing.
+        compile: losses through `torch.compile`, which takes about a minute first.
+        precision: "bf16" runs the observables' forward passes in bfloat16; what that does to their losses at the checkpoint
+            is stored in the metadata as `precision_error`.
         progress: show bars, or log lines without a terminal.
 
     Returns:
@@ -109,6 +120,7 @@ def sample(
         DevinterpInputError: an argument cannot be used; before any chain starts and before any file is made.
         RunMismatchError: output_path holds a run with other inputs.
         ChainDiverged: with on_diverged="raise", a loss is not finite.
+        ChainFailed: a chain ended in an error of the model, the machine or the disk; the others are stored.
     """
     request = request_of(
         model, dataset, observables, param_masks=param_masks, output_path=output_path, device=device, loss_fn=loss_fn,
@@ -120,7 +132,8 @@ def sample(
         sampling_method=sampling_method, sampling_method_kwargs=sampling_method_kwargs, rmsprop_eps=rmsprop_eps,
         rmsprop_alpha=rmsprop_alpha, shuffle=shuffle,
         match_sampling_input_ids_across_chains=match_sampling_input_ids_across_chains, init_noise=init_noise,
-        save_metrics=save_metrics, train_mode=train_mode,
+        save_metrics=save_metrics, train_mode=train_mode, chains_together=chains_together, reuse_prefix=reuse_prefix,
+        compile=compile, precision=precision,
     )  # fmt: skip
-    with Progress(num_rows(request.inputs), "sampling", progress) as bar:
+    with Progress(request.inputs.num_rows, "sampling", progress) as bar:
         return run(request, bar)

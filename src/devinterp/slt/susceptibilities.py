@@ -12,10 +12,11 @@ import xarray as xr
 from torch import Tensor, nn
 
 from devinterp.engine.progress import Progress
-from devinterp.engine.settings import choice, settings_of, switch
+from devinterp.engine.settings import choice, settings_and_paths, switch
 from devinterp.engine.tokens import stored_name
 from devinterp.errors import ChainsUnusable, DevinterpInputError, InputTypeError, InputValueError, got
-from devinterp.slt.running import Inputs, Request, num_rows, run
+from devinterp.slt.requests import Inputs, Request
+from devinterp.slt.running import run_suite, run_to_store
 from devinterp.slt.suites import FULL, Suite, moments_of, table
 from devinterp.slt.weight_restrictions import create_param_masks
 from devinterp.store.reader import metadata_of
@@ -78,17 +79,17 @@ def susceptibilities(
         raise InputTypeError(got("param_masks", settings["param_masks"], "absent", fix))
     names = _check_names(weight_restrictions)
     _check_task(observables, sampling_task, switch("include_sampling_task", include_sampling_task))
-    chosen = settings_of(lr=lr, n_beta=n_beta, **settings)
+    chosen, paths = settings_and_paths(lr=lr, n_beta=n_beta, **settings)
     if chosen.num_chains * chosen.num_draws < 2:
         raise InputValueError(got("num_draws", chosen.num_draws, "at least 2 with one chain", "A covariance needs more."))
-    inputs = Inputs.of(model, dataset, observables, chosen, device=device, loss_fn=loss_fn)
+    inputs = Inputs.of(model, dataset, observables, chosen, device=device, loss_fn=loss_fn, paths=paths)
     requests = {
         name: Request.of(inputs, _masks(model, name, weight_restrictions[name]), path_of_run(output_path, name))
         for name in names
     }
     check_space(requests[FULL].path, *layout(chosen, inputs.batches.tokens.length, inputs.observables), count=len(requests))
     _check_stored(requests)
-    with Progress(len(requests) * num_rows(inputs), FULL, progress) as bar:
+    with Progress(len(requests) * inputs.num_rows, FULL, progress) as bar:
         runs, failed = _run_all(requests, options, bar)
     if failed:
         listed = "; ".join(f"{name}: {reason}" for name, reason in failed.items())
@@ -180,23 +181,19 @@ class Options:
 
 def _run_all(requests: Mapping[str, Request], options: Options, bar: Progress) -> tuple[dict[str, Samples], dict[str, str]]:
     """The run of the whole model, then every restriction's at its step size; what failed, and why."""
-    bar.describe(f"{FULL} (1 of {len(requests)})")
-    full = run(requests[FULL], bar)
-    usable_chains(root_of(full), options.on_diverged)
-    runs: dict[str, Samples] = {FULL: full}
-    failed: dict[str, str] = {}
+    source = run_to_store(requests[FULL], bar)
+    full = root_of(source)
+    usable_chains(full, options.on_diverged)
     lr = metadata_of(full)["step_size"]["lr"]
-    for number, (name, request) in enumerate(((n, r) for n, r in requests.items() if n != FULL), start=2):
-        bar.describe(f"{name} ({number} of {len(requests)})")
-        due = bar.done + bar.skipped + num_rows(request.inputs)
+    bar.describe(f"{len(requests) - 1} restrictions")
+    made, failed = run_suite({n: _at_step_size(r, lr) for n, r in requests.items() if n != FULL}, source, bar)
+    runs: dict[str, Samples] = {FULL: full}
+    for name, samples in made.items():
         try:
-            made = run(_at_step_size(request, lr), bar, probe=False)
-            usable_chains(root_of(made), options.on_diverged)
-            runs[name] = made
-        except Exception as error:  # whatever it is, the other restrictions are not lost
+            usable_chains(root_of(samples), options.on_diverged)
+            runs[name] = samples
+        except ChainsUnusable as error:
             failed[name] = f"{type(error).__name__}: {error}"
-            logger.warning("restriction %s failed: %s", name, failed[name])
-        bar.skip(due - bar.done - bar.skipped)
     if len(runs) == 1:
         raise ChainsUnusable("every restriction failed. " + "; ".join(f"{n}: {reason}" for n, reason in failed.items()))
     return runs, failed

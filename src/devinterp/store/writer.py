@@ -5,13 +5,16 @@ import os
 import re
 import shutil
 import tempfile
-from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections import defaultdict, deque
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import zarr
 from torch import Tensor
 from zarr.codecs import ZstdCodec
@@ -44,12 +47,27 @@ def check_output_path(output_path: Any) -> Path | None:
     return path
 
 
+CHUNKS_WAITING = 4
+"""Chunks that one chain may have on their way to the disk before it waits for them"""
+
+
+def background() -> Executor:
+    """The thread that writes chunks while chains go on."""
+    return ThreadPoolExecutor(1, thread_name_prefix="devinterp-store")
+
+
 class StoreWriter:
     """A run's store while it is written. Every chain writes its own chunks only."""
 
     def __init__(self, path: Path, variables: Mapping[str, Variable]):
         self.path, self.variables = path, variables
-        self._root = zarr.open_group(path, mode="r+")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return StoreWriter, (self.path, self.variables)
+
+    @cached_property
+    def _root(self) -> zarr.Group:
+        return zarr.open_group(self.path, mode="r+")
 
     @classmethod
     def create(
@@ -72,13 +90,23 @@ class StoreWriter:
         self._array(name)[region or ...] = np.asarray(value)
 
     @contextmanager
-    def rows(self, chain: int | None) -> Iterator["Rows"]:
+    def rows(self, chain: int | None, thread: Executor) -> Iterator["Rows"]:
         """Gathers the rows of one chain (None: of all chains at once); the tail is written also when the chain breaks off."""
-        gathered = Rows(self, chain)
+        gathered = Rows(self, chain, thread)
         try:
             yield gathered
         finally:
             gathered.flush()
+
+    def copy(self, names: Iterable[str], source: Path) -> None:
+        """Take these arrays from another store of the same layout."""
+        other = zarr.open_group(source, mode="r")
+        for name in names:
+            mine, theirs = self._array(name), other[name]
+            assert isinstance(theirs, zarr.Array)
+            step = mine.chunks[0] if mine.shape else 1
+            for start in range(0, mine.shape[0], step):
+                mine[start : start + step] = theirs[start : start + step]
 
     def finish(self) -> None:
         """The last write of a run."""
@@ -87,6 +115,9 @@ class StoreWriter:
     def status(self) -> list[int]:
         return [int(status) for status in np.asarray(self._array("chain_status")[...])]
 
+    def diverged_at(self, chain: int) -> int:
+        return int(np.asarray(self._array("diverged_at")[chain]))
+
     def _array(self, name: str) -> zarr.Array[Any]:
         array = self._root[name]
         assert isinstance(array, zarr.Array)
@@ -94,34 +125,44 @@ class StoreWriter:
 
 
 class Rows:
-    """Rows on their way to the store: held until a chunk is whole, then written once and forgotten."""
+    """Rows on their way to the store: held until a chunk is whole, then written once, by another thread, and forgotten."""
 
-    def __init__(self, store: StoreWriter, chain: int | None):
-        self._store, self._chain = store, chain
-        self._held: dict[str, list[Any]] = defaultdict(list)
+    def __init__(self, store: StoreWriter, chain: int | None, thread: Executor):
+        self._store, self._chain, self._thread = store, chain, thread
+        self._held: dict[str, list[Tensor]] = defaultdict(list)
         self._written: dict[str, int] = defaultdict(int)
         self._arrays: dict[str, zarr.Array[Any]] = {}
+        self._writing: deque[Future[None]] = deque()
 
-    def append(self, name: str, row: Tensor | float) -> None:
+    def append(self, name: str, row: Tensor) -> None:
+        """One row, which must not be changed afterwards; on a GPU it is not waited for."""
         if name not in self._arrays:
             self._arrays[name] = self._store._array(name)
-        self._held[name].append(row.cpu().numpy() if isinstance(row, Tensor) else row)
+        self._held[name].append(row)
         dims = self._store.variables[name].dims
         if len(self._held[name]) == self._arrays[name].chunks["chain" in dims]:
             self._write(name)
 
     def flush(self) -> None:
-        for name, held in self._held.items():
-            if held:
+        """Write what is held, and wait until everything is written."""
+        for name in list(self._held):
+            if self._held[name]:
                 self._write(name)
+        while self._writing:
+            self._writing.popleft().result()
 
     def _write(self, name: str) -> None:
-        start = self._written[name]
-        rows = slice(start, start + len(self._held[name]))
+        start, held = self._written[name], self._held.pop(name)
+        rows = slice(start, start + len(held))
         chain = () if self._chain is None else (self._chain,)
-        self._arrays[name][(*chain, rows)] = np.stack(self._held[name])
+        while len(self._writing) >= CHUNKS_WAITING:
+            self._writing.popleft().result()
+        self._writing.append(self._thread.submit(_write_chunk, self._arrays[name], (*chain, rows), held))
         self._written[name] = rows.stop
-        self._held[name].clear()
+
+
+def _write_chunk(array: "zarr.Array[Any]", region: tuple[int | slice, ...], rows: list[Tensor]) -> None:
+    array[region] = torch.stack(rows).cpu().numpy()
 
 
 def create_array(root: zarr.Group, name: str, variable: Variable, sizes: Mapping[str, int]) -> None:

@@ -1,0 +1,165 @@
+"""What is asked for, checked before any compute: shared by `sample()` and by suites of restrictions."""
+
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import xarray as xr
+from torch import Tensor, nn
+
+from devinterp.engine.batches import Batches
+from devinterp.engine.checkpoint import Checkpoint, check_device, check_loss, check_model
+from devinterp.engine.selection import check_masks
+from devinterp.engine.settings import Paths, Settings, choice, settings_and_paths
+from devinterp.engine.tokens import Observable, Tokens, check_observables, check_tokens, warn_about_padding
+from devinterp.errors import InputTypeError, got
+from devinterp.store.identity import identity
+from devinterp.store.runs import layout, plain, stored_run
+from devinterp.store.writer import check_output_path, check_space
+
+LONG_RUN = 600.0
+"""Seconds beyond which a run without output_path is warned about"""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Everything of a run except its restriction and its path, checked."""
+
+    model: nn.Module
+    checkpoint: Checkpoint
+    settings: Settings
+    batches: Batches
+    observables: tuple[Observable, ...]
+    on_diverged: str
+    paths: Paths = field(default_factory=Paths)
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        dataset: Any,
+        observables: Mapping[str, Any],
+        settings: Settings,
+        *,
+        device: str | torch.device | None = None,
+        loss_fn: Callable[[nn.Module, Tensor], Tensor] | None = None,
+        on_diverged: str = "record",
+        paths: Paths,
+    ) -> "Inputs":
+        choice("record", "raise")("on_diverged", on_diverged)
+        check_model(model)
+        checked_device = check_device(model, device)
+        if loss_fn is not None and not callable(loss_fn):
+            fix = "None takes the next-token cross-entropy."
+            raise InputTypeError(got("loss_fn", loss_fn, "a function (model, input_ids) -> per-token loss", fix))
+        tokens = check_tokens("dataset", dataset, at_least=settings.batch_size)
+        seen = check_observables(observables, tokens.length, settings.batch_size, settings.batches_per_draw, settings.obs_seed)
+        _warn_about_inputs(model, settings, tokens)
+        checkpoint = Checkpoint(model, loss_fn, checked_device, settings.train_mode)
+        return cls(model, checkpoint, settings, Batches.of(tokens, settings), seen, on_diverged, paths)
+
+    @property
+    def largest_id(self) -> int:
+        return max([self.batches.tokens.largest, *(int(observable.ids.max()) for observable in self.observables)])
+
+    @property
+    def num_rows(self) -> int:
+        """What a run counts up to: the batches of its baseline, and the steps of its chains and one look after the last."""
+        settings = self.settings
+        streams = 1 if settings.match_sampling_input_ids_across_chains else settings.num_chains
+        return streams * settings.num_draws + settings.num_chains * (settings.num_steps + 1)
+
+    def probe(self, path: Path | None) -> None:
+        """One batch through the model, before anything is computed or made."""
+        began = time.monotonic()
+        check_loss(self.checkpoint, self.checkpoint.ids(self.batches.micro(0, 0)), self.largest_id)
+        if path is None:
+            _warn_about_losing(self.settings, time.monotonic() - began)
+
+
+@dataclass(frozen=True)
+class Request:
+    """One run asked for: the moving weights, and where its store is or will be."""
+
+    inputs: Inputs
+    masks: dict[str, Tensor | None]
+    path: Path | None
+
+    @classmethod
+    def of(cls, inputs: Inputs, param_masks: Any, output_path: Any) -> "Request":
+        path = check_output_path(output_path)
+        masks = check_masks(inputs.model, param_masks)
+        check_space(path, *layout(inputs.settings, inputs.batches.tokens.length, inputs.observables))
+        return cls(inputs, masks, path)
+
+    @cached_property
+    def fingerprint(self) -> dict[str, Any]:
+        inputs = self.inputs
+        return plain(
+            identity(
+                inputs.settings,
+                inputs.checkpoint,
+                inputs.checkpoint.digest_as_found,
+                self.masks,
+                inputs.batches,
+                inputs.observables,
+            )
+        )
+
+    def stored(self) -> xr.DataTree | None:
+        """The run at the path if it is this one; refuses any other thing that is there."""
+        return stored_run(self.path, self.fingerprint)
+
+
+def request_of(
+    model: nn.Module,
+    dataset: Any,
+    observables: Mapping[str, Any],
+    *,
+    param_masks: Any = None,
+    output_path: Any = None,
+    device: str | torch.device | None = None,
+    loss_fn: Any = None,
+    on_diverged: str = "record",
+    **settings: Any,
+) -> Request:
+    """The arguments of `sample`, checked."""
+    checked, paths = settings_and_paths(**settings)
+    inputs = Inputs.of(
+        model, dataset, observables, checked, device=device, loss_fn=loss_fn, on_diverged=on_diverged, paths=paths
+    )
+    return Request.of(inputs, param_masks, output_path)
+
+
+def _warn_about_inputs(model: nn.Module, settings: Settings, tokens: Tokens) -> None:
+    settings.warn_about()
+    wanted = settings.num_init_loss_batches * settings.gradient_accumulation_steps * settings.batch_size
+    if tokens.num_rows < wanted:
+        _warn(f"dataset has {tokens.num_rows} sequences and init_loss wants {wanted}: some are counted more than once.")
+    config = getattr(model, "config", None)
+    pad, eos = getattr(config, "pad_token_id", None), getattr(config, "eos_token_id", None)
+    if isinstance(pad, int) and pad != eos:
+        warn_about_padding(tokens.rows(np.arange(min(tokens.num_rows, 1000))), pad)
+    if settings.train_mode and any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules()):
+        _warn("train_mode=True: dropout adds noise to every gradient, beyond that of the sampler.")
+    if settings.train_mode and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()):
+        _warn("train_mode=True: batch-norm statistics move with every step of a chain (and are put back afterwards).")
+
+
+def _warn_about_losing(settings: Settings, probe_seconds: float) -> None:
+    expected = probe_seconds * settings.num_steps * settings.num_chains * settings.gradient_accumulation_steps
+    if expected > LONG_RUN:
+        _warn(
+            f"This run may take {expected / 3600:.1f} h, and without output_path its results are deleted when Python "
+            "exits. Try output_path='runs/first'."
+        )
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, UserWarning, stacklevel=4)
