@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo test test-slow lint planted-bugs figures clean
+.PHONY: help demo test test-slow lint planted-bugs figures bench clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /\1\t/' | expand -t 16
@@ -34,5 +34,14 @@ figures: .venv/.installed  ## step sizes and peak memory on the demo's last chec
 	$(BIN)/python benchmarks/step_size.py
 	$(BIN)/python benchmarks/memory.py
 
+.venv-peer/.installed: constraints.txt
+	test -x .venv-peer/bin/python || $(PYTHON) -m venv .venv-peer
+	.venv-peer/bin/pip install --quiet --constraint constraints.txt devinterp==2.0.1
+	touch $@
+
+bench: .venv/.installed .venv-peer/.installed  ## speed against devinterp 2.0.1 and a hand-written loop, and how cost grows (about an hour, idle machine)
+	$(BIN)/python benchmarks/speed.py --peer .venv-peer/bin/python
+	$(BIN)/python benchmarks/growth.py
+
 clean:  ## remove the environment and the demo's output
-	rm -rf .venv demo_output
+	rm -rf .venv .venv-peer demo_output

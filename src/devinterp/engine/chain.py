@@ -196,7 +196,7 @@ class Walker:
             per_token = self._on_batch(t, j)
             # adds into self.gradient in place: the leaves' .grad are views of it. Chains have no weights in common, so the
             # gradient of the sum of their losses is each one's own
-            torch.autograd.backward(per_token.mean((1, 2)).sum() / count, inputs=self.leaves)
+            torch.autograd.backward(per_token.sum() / (per_token[0].numel() * count), inputs=self.leaves)
             losses.append(per_token.detach())
         return torch.cat(losses, 1)
 
