@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 
@@ -113,18 +113,16 @@ def _keyword(name: str, annotation: Any, default: Any) -> inspect.Parameter:
 
 def sampling_options() -> list[inspect.Parameter]:
     """One option per setting, made from the one table of settings."""
-    from devinterp.engine.settings import Settings
+    from devinterp.engine.settings import Paths, Settings
 
     options = []
-    for item in fields(Settings):
+    for item in (*fields(Settings), *fields(Paths)):
         if item.name in SKIPPED:
             continue
         default = CHOSEN.get(item.name, item.default)
         flag = "--" + item.name.replace("_", "-")
         names = (f"{flag}/--no-{item.name.replace('_', '-')}",) if isinstance(default, bool) else (flag,)
-        annotation: Any = str if item.name in ("lr", "sampling_method") else type(default)
-        if default is None:
-            annotation = float
+        annotation: Any = str if str in (item.type, *get_args(item.type)) else float if default is None else type(default)
         shown = "none" if default is None else str(default)
         option = typer.Option(*names, help=item.metadata["meaning"], show_default=shown, rich_help_panel="Sampling")
         options.append(
@@ -157,7 +155,7 @@ def sampling_command(command: Callable[..., None]) -> Callable[..., None]:
 
 def merge_settings(config: Path | None, given: dict[str, Any]) -> dict[str, Any]:
     """What is taken: the command line's own choices, overridden by the file, overridden by the options."""
-    from devinterp.engine.settings import Settings
+    from devinterp.engine.settings import Paths, Settings, settings_and_paths
 
     from_file: dict[str, Any] = {}
     if config is not None:
@@ -167,7 +165,7 @@ def merge_settings(config: Path | None, given: dict[str, Any]) -> dict[str, Any]
             from_file = tomllib.loads(config.read_text())
         except tomllib.TOMLDecodeError as error:
             raise InputValueError(got("--config", str(config), "valid TOML", str(error))) from error
-        known = {item.name for item in fields(Settings)}
+        known = {item.name for item in (*fields(Settings), *fields(Paths))}
         if unknown := sorted(set(from_file) - known):
             raise InputValueError(got("--config", unknown, f"made of {sorted(known)}", "Remove or rename them."))
     chosen = CHOSEN | from_file | {name: value for name, value in given.items() if value is not None}
@@ -176,7 +174,7 @@ def merge_settings(config: Path | None, given: dict[str, Any]) -> dict[str, Any]
             chosen["lr"] = float(chosen["lr"])
         except ValueError as error:
             raise InputValueError(got("--lr", chosen["lr"], "a number or auto", "Try --lr auto.")) from error
-    Settings(**chosen)  # so that a wrong one is said before a model is loaded
+    settings_and_paths(**chosen)  # so that a wrong one is said before a model is loaded
     return chosen
 
 

@@ -15,13 +15,14 @@ from torch import Tensor
 from devinterp.engine.batches import Batches
 from devinterp.engine.checkpoint import Checkpoint
 from devinterp.engine.forward import Forward
+from devinterp.engine.metrics import Sums
 from devinterp.engine.posterior import Posterior
 from devinterp.engine.prefix import Recorder
 from devinterp.engine.seeds import noise_generator
 from devinterp.engine.selection import Block, Selection
 from devinterp.engine.settings import Settings
 from devinterp.engine.tokens import Observable
-from devinterp.samplers import Move, Sampler
+from devinterp.samplers import Sampler
 
 BLOCK = {"cpu": 2**16}
 BLOCK_ELSEWHERE = 2**24
@@ -31,18 +32,6 @@ are part of what a chain is a function of."""
 PATIENCE = {"cpu": 1}
 PATIENCE_ELSEWHERE = 64
 """Steps between two looks whether the losses are finite, which a GPU has to be waited for; draws are always looked at"""
-
-METRICS = (
-    "scaled_grad",
-    "unscaled_grad",
-    "localization",
-    "weight_decay",
-    "noise",
-    "distance",
-    "dot_grad_prior",
-    "dot_grad_noise",
-    "dot_prior_noise",
-)
 
 
 @dataclass(frozen=True)
@@ -161,7 +150,8 @@ class Walker:
         # one chain has the only copy already; of several each gets its own
         self.weights = self.weights.contiguous() if len(chains) == 1 else self.weights.clone()
         self.gradient = torch.zeros_like(self.weights)
-        self.leaves = selection.leaves(self._vector(self.weights), self._vector(self.gradient))
+        alone = len(chains) == 1
+        self.leaves = selection.leaves(self._vector(self.weights), self._vector(self.gradient) if alone else None)
         self.buffers = plan.checkpoint.buffers()
         self._noise = self.weights.new_empty(len(chains), min(selection.size, max(b.length for b in self.blocks)))
         if settings.init_noise:
@@ -194,11 +184,19 @@ class Walker:
         losses = []
         for j in range(count):
             per_token = self._on_batch(t, j)
-            # adds into self.gradient in place: the leaves' .grad are views of it. Chains have no weights in common, so the
-            # gradient of the sum of their losses is each one's own
-            torch.autograd.backward(per_token.sum() / (per_token[0].numel() * count), inputs=self.leaves)
+            # chains have no weights in common, so the gradient of the sum of their losses is each one's own
+            self._add_gradient(per_token.sum() / (per_token[0].numel() * count))
             losses.append(per_token.detach())
         return torch.cat(losses, 1)
+
+    def _add_gradient(self, loss: Tensor) -> None:
+        if len(self.chains) == 1:  # in place, while the pass goes on: the leaf's .grad is a view of self.gradient
+            torch.autograd.backward(loss, inputs=self.leaves)
+            return
+        gradients = torch.autograd.grad(loss, self.leaves, allow_unused=True)
+        for piece, gradient in zip(self.plan.selection.pieces, gradients, strict=True):
+            if gradient is not None:
+                piece.shaped(self.gradient).add_(gradient)
 
     @torch.no_grad()
     def losses(self, t: int) -> Tensor:
@@ -276,33 +274,3 @@ def observed_rows(plan: Plan, observable: Observable, chains: int = 1) -> Iterat
 def dropout_seed(plan: Plan, chain: int, t: int, micro: int) -> str:
     """Chains that share batches share dropout masks too, and so does their baseline: only the noise differs."""
     return f"{plan.settings.init_seed} {plan.batches.stream(chain)} {t} {micro}"
-
-
-class Sums:
-    """Squares and products of the parts of a move, summed over blocks in float64, shape (chain,)."""
-
-    def __init__(self) -> None:
-        self.totals: dict[str, Any] = dict.fromkeys(METRICS, 0.0)
-
-    def add(self, posterior: Posterior, w: Tensor, anchor: Tensor, gradient: Tensor, move: Move) -> None:
-        displacement = w - anchor
-        grad = -move.gain * posterior.n_beta * gradient
-        localization = -move.gain * posterior.localization * displacement
-        weight_decay = -move.gain * posterior.weight_decay * w
-        prior = localization + weight_decay
-        products = {
-            "scaled_grad": (grad, grad),
-            "unscaled_grad": (gradient, gradient),
-            "localization": (localization, localization),
-            "weight_decay": (weight_decay, weight_decay),
-            "noise": (move.noise, move.noise),
-            "distance": (displacement, displacement),
-            "dot_grad_prior": (grad, prior),
-            "dot_grad_noise": (grad, move.noise),
-            "dot_prior_noise": (prior, move.noise),
-        }
-        for name, (a, b) in products.items():
-            self.totals[name] = self.totals[name] + (a.double() * b.double()).sum(1)
-
-    def metrics(self) -> dict[str, Tensor]:
-        return {name: value if name.startswith("dot_") else value.sqrt() for name, value in self.totals.items()}

@@ -23,8 +23,6 @@ TINY_STEP_ELSEWHERE = 2e10
 MANY_CHAINS = 8
 """from which a CPU gains by one vmap"""
 WORKER_IDLE_SECONDS = 300
-TRIES = 2
-"""A task whose worker dies is given to another one once"""
 
 Task = TypeVar("Task")
 Work = Callable[[Task], Generator[str, None, Any]]
@@ -130,36 +128,42 @@ def do(work: Work[Task], tasks: Sequence[Task], placement: Placement) -> Generat
 
 def _in_processes(work: Work[Task], tasks: Sequence[Task], num_threads: int) -> Generator[str, None, list[Any]]:
     """Workers import nothing of the user's script, and stay for the next run; they count their steps in a shared file."""
-    from loky import get_reusable_executor
-
     workers = min(len(tasks), max(1, num_cores() // num_threads))
     outcomes: list[Any] = [None] * len(tasks)
-    waiting, tries = list(range(len(tasks))), 0
     with tempfile.TemporaryDirectory(prefix="devinterp-") as folder:
         counts = Counts(Path(folder) / "steps", len(tasks), create=True)
-        while waiting and tries < TRIES:
-            executor = get_reusable_executor(max_workers=workers, timeout=WORKER_IDLE_SECONDS)
-            futures: dict[Future[Any], int] = {
-                executor.submit(_exhaust, work, tasks[i], counts.path, i, len(tasks), num_threads): i for i in waiting
-            }
-            done_well = False
-            try:
+
+        def attempt(numbers: Sequence[int], count: int) -> Generator[str, None, list[int]]:
+            """Do some of the tasks; returns those whose worker died."""
+            from loky import get_reusable_executor
+
+            executor = get_reusable_executor(max_workers=count, timeout=WORKER_IDLE_SECONDS)
+            with _stopped_if_left(executor):
+                futures: dict[Future[Any], int] = {
+                    executor.submit(_exhaust, work, tasks[i], counts.path, i, len(tasks), num_threads): i for i in numbers
+                }
                 yield from _watched(set(futures), counts)
-                done_well = True
-            finally:
-                if not done_well:  # interrupted: what the workers do is not wanted any more
-                    executor.shutdown(wait=True, kill_workers=True)
-            waiting, tries = [], tries + 1
             for future, i in futures.items():
                 error = future.exception()
-                outcomes[i] = error if error is not None else future.result()
-                if isinstance(error, BrokenProcessPool):
-                    waiting.append(i)
-                elif error is not None:
+                if error is not None and not isinstance(error, BrokenProcessPool):
                     raise error
-            waiting.sort()
-            workers = 1 if waiting else workers  # who breaks it is found alone
+                outcomes[i] = error or future.result()
+            return [i for i in numbers if isinstance(outcomes[i], BrokenProcessPool)]
+
+        # one death breaks all that were under way: each of them is tried once more, alone
+        for i in (yield from attempt(range(len(tasks)), workers)):
+            yield from attempt([i], 1)
     return outcomes
+
+
+@contextlib.contextmanager
+def _stopped_if_left(executor: Any) -> Iterator[None]:
+    """Kills the workers when the block is interrupted: what they do is not wanted any more."""
+    try:
+        yield
+    except BaseException:
+        executor.shutdown(wait=True, kill_workers=True)
+        raise
 
 
 def _watched(futures: set[Future[Any]], counts: "Counts") -> Iterator[str]:

@@ -212,14 +212,13 @@ def _warn(message: str) -> None:
 class Paths:
     """How numbers are computed. That changes their last digits at most, so it is not part of what a run is."""
 
-    chains_together: str = "auto"
-    reuse_prefix: bool = True
-    compile: bool = False
+    chains_together: str = _setting(choice(*WAYS), f"how chains are computed: {', '.join(WAYS)}", "auto")
+    reuse_prefix: bool = _setting(switch, "compute what lies before the moving weights once", True)
+    compile: bool = _setting(switch, "losses through torch.compile", False)
 
     def __post_init__(self) -> None:
-        choice(*WAYS)("chains_together", self.chains_together)
-        switch("reuse_prefix", self.reuse_prefix)
-        switch("compile", self.compile)
+        for item in fields(self):
+            item.metadata["check"](item.name, getattr(self, item.name))
 
 
 def settings_and_paths(**given: Any) -> tuple[Settings, Paths]:

@@ -95,7 +95,7 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, by_loss: Tensor) -> tuple[Any, ...]:
         if any(by_loss.stride()) and not (by_loss == by_loss.flatten()[0]).all():
-            raise NotImplementedError("the chunked cross-entropy can only be differentiated as a mean or sum of all tokens")
+            raise RuntimeError("the chunked cross-entropy can only be differentiated as a mean or sum of all tokens")
         each = by_loss.flatten()[0]
         gradients, ctx.gradients = ctx.gradients, (None, None, None)  # scaled in place: for one backward pass
         return *(None if g is None else g.mul_(each.to(g.dtype)) for g in gradients), None, None, None

@@ -3,7 +3,7 @@
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ class Inputs:
     batches: Batches
     observables: tuple[Observable, ...]
     on_diverged: str
-    paths: Paths = field(default_factory=Paths)
+    paths: Paths
 
     @classmethod
     def of(

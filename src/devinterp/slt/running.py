@@ -1,8 +1,9 @@
 """A run, or a suite of runs that differ in their masks: plan, place the chains, open the stores."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import BrokenExecutor
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -155,17 +156,12 @@ def _carry_out(runs: Sequence[Run], source: Path | None, bar: Progress) -> dict[
     end = bar.done + bar.skipped + sum(made.request.inputs.num_rows for made in runs)
     for placement in {made.placement: None for made in runs}:
         numbers = [i for i, made in enumerate(runs) if made.placement == placement]
+        # the baseline also where all chains are done: it may be what was interrupted
         tasks: list[tuple[list[int], Baseline | Chains]] = [
-            ([i], Baseline(runs[i].plan, runs[i].store, source)) for i in numbers if due[i]
+            ([i], Baseline(runs[i].plan, runs[i].store, source)) for i in numbers
         ]
         tasks += _chain_tasks(runs, numbers, due, placement)
-        steps = do(record, [task for _, task in tasks], placement)
-        while True:
-            try:
-                bar.update(next(steps))
-            except StopIteration as ended:
-                outcomes = ended.value
-                break
+        outcomes = _followed(do(record, [task for _, task in tasks], placement), bar)
         for (members, task), outcome in zip(tasks, outcomes, strict=True):
             failures |= _failures_of(runs, members, task, outcome)
     bar.skip(end - bar.done - bar.skipped)
@@ -174,6 +170,17 @@ def _carry_out(runs: Sequence[Run], source: Path | None, bar: Progress) -> dict[
         if i not in failures:
             made.store.finish()
     return failures
+
+
+def _followed(steps: Generator[str, None, list[Any]], bar: Progress) -> list[Any]:
+    """What the steps return, after all of them were counted; closed at once when interrupted, so that rows are written."""
+    with closing(steps):
+        while True:
+            try:
+                bar.update(next(steps))
+            except StopIteration as ended:
+                outcomes: list[Any] = ended.value
+                return outcomes
 
 
 def _chain_tasks(

@@ -22,6 +22,10 @@ class Failure:
     message: str
     traceback: str
 
+    @classmethod
+    def of(cls, error: Exception) -> "Failure":
+        return cls(f"{type(error).__name__}: {error}", "".join(traceback.format_exception(error)))
+
 
 Failures = dict[int, Failure]
 """By the number of the run in its task"""
@@ -57,17 +61,21 @@ def record(task: Baseline | Chains) -> Generator[str, None, Failures]:
     """Do one task; yields a note for every row of a baseline and for every step of a chain."""
     checkpoint = (task.plan if isinstance(task, Baseline) else task.plans[0]).checkpoint
     with checkpoint.ready(), background() as thread:
-        if isinstance(task, Baseline):
-            return (yield from _record_baseline(task, thread))
-        return (yield from _record_chains(task, thread))
+        if isinstance(task, Chains):
+            return (yield from _record_chains(task, thread))
+        try:
+            yield from _record_baseline(task, thread)
+        except Exception as error:  # the baseline of one run; the other runs go on
+            return {0: Failure.of(error)}
+        return {}
 
 
-def _record_baseline(task: Baseline, thread: Executor) -> Generator[str, None, Failures]:
+def _record_baseline(task: Baseline, thread: Executor) -> Generator[str, None, None]:
     plan, store, settings = task.plan, task.store, task.plan.settings
     names = [f"init_loss_{observable.name}" for observable in plan.observables]
     if task.source is not None:
         store.copy(["init_loss", "baseline_loss", *names], task.source)
-        return {}
+        return
     for name, observable in zip(names, plan.observables, strict=True):
         store.write(name, init_loss_of(plan, observable).cpu())
     shared = settings.match_sampling_input_ids_across_chains
@@ -79,7 +87,6 @@ def _record_baseline(task: Baseline, thread: Executor) -> Generator[str, None, F
             for losses in baseline_losses(plan, stream):
                 rows.append("baseline_loss", losses)
                 yield ""
-    return {}
 
 
 def _record_chains(task: Chains, thread: Executor) -> Generator[str, None, Failures]:
@@ -99,7 +106,7 @@ def _record_chains(task: Chains, thread: Executor) -> Generator[str, None, Failu
                 except Exception as error:
                     if isinstance(error, ChainDiverged):
                         raise
-                    failures[i] = Failure(f"{type(error).__name__}: {error}", traceback.format_exc())
+                    failures[i] = Failure.of(error)
                     del walks[i, chains]
     finally:
         for walk in walks.values():

@@ -13,7 +13,8 @@ import torch
 import xarray as xr
 from torch import nn
 
-from devinterp.engine.chain import METRICS, Plan
+from devinterp.engine.chain import Plan
+from devinterp.engine.metrics import METRICS
 from devinterp.engine.settings import Settings
 from devinterp.engine.tokens import Observable
 from devinterp.errors import InputValueError, RunMismatchError, StoreError, got

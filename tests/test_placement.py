@@ -1,0 +1,301 @@
+"""Chains in worker processes and in one vmap, against one after another; and what becomes of a worker that dies."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from cases import TinyLM, Weights, linear, plan_of, random_tokens, rows
+from zoo import tiny_model
+
+import devinterp
+from devinterp.engine import placement
+from devinterp.engine.chain import Diverged, Walker, run_chains
+from devinterp.engine.placement import Placement, decide
+from devinterp.errors import ChainFailed, DevinterpInputError
+from devinterp.store.reader import open_store
+
+SHORT = {"lr": 1e-3, "n_beta": 10.0, "localization": 5.0, "batch_size": 4, "num_draws": 5, "num_chains": 3,
+         "num_init_loss_batches": 1, "progress": False}  # fmt: skip
+
+
+def files(store: Path) -> dict[str, bytes]:
+    """Everything but the metadata, which tell where the chains ran."""
+    return {
+        str(p.relative_to(store)): p.read_bytes() for p in sorted(store.rglob("*")) if p.is_file() and p != store / "zarr.json"
+    }
+
+
+@pytest.mark.parametrize("masks", [None, "l1h0"])
+def test_processes_write_the_bytes_of_one_after_another(masks, tmp_path, monkeypatch):
+    model, data = tiny_model("gpt_neox", "mha"), random_tokens(16, 11, 40)
+    masks = None if masks is None else devinterp.create_param_masks(model, masks)
+    monkeypatch.setattr(placement, "num_cores", lambda: 2)
+    for way in ("sequential", "processes"):
+        with placement.threads(1):
+            devinterp.sample(model, data, {"x": data}, param_masks=masks, output_path=tmp_path / way, chains_together=way,
+                             batches_per_draw=2, **SHORT)  # fmt: skip
+    computed = open_store(tmp_path / "processes").attrs["metadata"]["computed"]
+    assert (computed["way"], computed["threads"], computed["prefix"] is not None) == ("processes", 1, masks is not None)
+    assert files(tmp_path / "sequential") == files(tmp_path / "processes")
+
+
+def test_a_suite_in_processes_is_that_of_one_after_another(tmp_path, monkeypatch):
+    monkeypatch.setattr(placement, "num_cores", lambda: 2)
+    monkeypatch.setattr("devinterp.slt.running.num_cores", lambda: 2)
+    model, data = tiny_model("gpt_neox", "mha"), random_tokens(16, 11, 40)
+    names = {"full": None, "l0h1": "l0h1", "l1h0": "l1h0", "l1 mlp": "l1 mlp"}
+    for way in ("sequential", "processes"):
+        with placement.threads(1):
+            devinterp.susceptibilities(model, data, {"pile": data, "x": data}, names, sampling_task="pile", batches_per_draw=1,
+                                       output_path=tmp_path / way, chains_together=way, **SHORT)  # fmt: skip
+    for name in names:
+        assert files(tmp_path / f"sequential_{name}") == files(tmp_path / f"processes_{name}")
+
+
+SCRIPT = """
+import torch, numpy as np
+from datasets import Dataset
+from torch import nn
+import devinterp
+
+print("script", flush=True)
+
+class Mine(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.out = nn.Embedding(11, 4), nn.Linear(4, 11)
+    def forward(self, ids):
+        return self.out(self.embed(ids))
+
+def my_loss(model, ids):
+    return nn.functional.cross_entropy(model(ids)[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")
+
+data = Dataset.from_dict({"input_ids": np.random.default_rng(0).integers(0, 11, (32, 6)).tolist()})
+samples = devinterp.sample(Mine(), data, {}, lr=1e-3, n_beta=5.0, num_chains=2, num_draws=3, batch_size=4, localization=1.0,
+                           loss_fn=my_loss, chains_together="processes", num_init_loss_batches=1, progress=False)
+print(samples.chain_status.values.tolist(), bool(np.isfinite(samples.sampling_loss).all()))
+"""
+
+
+def test_a_script_without_a_main_guard_is_not_run_again(tmp_path):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.stdout.split("\n")[:2] == ["script", "[1, 1] True"], done.stderr
+
+
+class Deadly(TinyLM):
+    """Kills the worker process in which a bias gets larger than this, until a file is there."""
+
+    def __init__(self, largest: float, file: Path):
+        super().__init__()
+        self.largest, self.file, self.home = largest, file, os.getpid()
+
+    def forward(self, ids):
+        if os.getpid() != self.home and self.out.bias.max() > self.largest and not self.file.exists():
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().forward(ids)
+
+
+def test_a_dead_worker_costs_its_chain_alone_and_the_same_call_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(placement, "num_cores", lambda: 2)
+    data, masks = random_tokens(), {"out.bias": None}
+    reached = []
+    for chain in range(3):
+        walker, seen = (
+            Walker(
+                plan_of(TinyLM(), data, masks=masks, **{k: SHORT[k] for k in ("lr", "n_beta", "localization", "batch_size")}),
+                chain,
+            ),
+            [],
+        )
+        for t in range(SHORT["num_draws"]):
+            walker.differentiate(t)
+            walker.step()
+            seen.append(walker.weights.max().item())
+        reached.append(max(seen))
+    *_, second, largest = sorted(reached)
+    deadly = reached.index(largest)
+    arguments = {"param_masks": masks, "chains_together": "processes", **SHORT}
+
+    def model():
+        return Deadly((second + largest) / 2, tmp_path / "harmless")
+
+    with pytest.raises(ChainFailed, match="worker process died"):
+        devinterp.sample(model(), data, {}, output_path=tmp_path / "run", **arguments)
+    stored = open_store(tmp_path / "run")
+    assert stored.attrs["completed"] == 0
+    assert stored.chain_status.values.tolist() == [3 if chain == deadly else 1 for chain in range(3)]
+    (tmp_path / "harmless").touch()
+    again = devinterp.sample(model(), data, {}, output_path=tmp_path / "run", **arguments)
+    with placement.threads(1):
+        whole = devinterp.sample(TinyLM(), data, {}, **(arguments | {"chains_together": "sequential"}))
+    assert again.attrs["completed"] == 1
+    np.testing.assert_array_equal(again.sampling_loss, whole.sampling_loss)
+    np.testing.assert_array_equal(again.baseline_loss, whole.baseline_loss)
+
+
+def test_an_error_in_a_chain_leaves_the_others(tmp_path):
+    class Fails(TinyLM):
+        steps = 0
+
+        def forward(self, ids):
+            self.steps += 1
+            if self.steps == self.fails_at:
+                raise RuntimeError("out of memory, say")
+            return super().forward(ids)
+
+    counting = Fails()
+    counting.fails_at = -1
+    data = random_tokens()
+    whole = devinterp.sample(counting, data, {}, **SHORT)
+    model = Fails()
+    model.fails_at = counting.steps - 8  # in the middle one of three chains of 6 forwards
+    with pytest.raises(ChainFailed, match="out of memory, say") as caught:
+        devinterp.sample(model, data, {}, output_path=tmp_path / "run", **SHORT)
+    assert "forward" in caught.value.__notes__[0], "where it happened"
+    stored = open_store(tmp_path / "run")
+    assert stored.chain_status.values.tolist() == [1, 3, 1]
+    np.testing.assert_array_equal(stored.sampling_loss[[0, 2]], whole.sampling_loss[[0, 2]])
+    again = devinterp.sample(TinyLM(), data, {}, output_path=tmp_path / "run", **SHORT)
+    np.testing.assert_array_equal(again.sampling_loss, whole.sampling_loss)
+    assert again.attrs["completed"] == 1
+
+
+def test_a_baseline_that_was_interrupted_is_made_though_all_chains_are_done(tmp_path):
+    import zarr
+
+    data = random_tokens()
+    whole = devinterp.sample(TinyLM(), data, {"x": data}, output_path=tmp_path / "run", **SHORT).load()
+    root = zarr.open_group(tmp_path / "run", mode="r+")
+    root.attrs["completed"] = 0
+    root["baseline_loss"][...] = np.nan
+    again = devinterp.sample(TinyLM(), data, {"x": data}, output_path=tmp_path / "run", **SHORT)
+    np.testing.assert_array_equal(again.baseline_loss, whole.baseline_loss)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("method", ["sgmcmc_sgld", "rmsprop_sgld", "leimkuhler_matthews"])
+def test_one_vmap_is_one_after_another_to_float_tolerance(shared, method):
+    data = random_tokens()
+    runs = {
+        way: devinterp.sample(
+            TinyLM(),
+            data,
+            {"x": (data, 2)},
+            chains_together=way,
+            sampling_method=method,
+            save_metrics=True,
+            match_sampling_input_ids_across_chains=shared,
+            gradient_accumulation_steps=2,
+            **(SHORT | {"lr": 1e-4}),
+        )
+        for way in ("sequential", "vmap")
+    }
+    assert runs["vmap"].attrs["metadata"]["computed"]["way"] == "vmap"
+    for name in runs["vmap"].data_vars:
+        np.testing.assert_allclose(runs["vmap"][name], runs["sequential"][name], rtol=1e-4, atol=1e-5, err_msg=name)
+    assert not np.array_equal(runs["vmap"].sampling_loss[0], runs["vmap"].sampling_loss[1])
+
+
+def test_chains_of_a_transformer_with_frozen_layers_in_one_vmap():
+    model, data = tiny_model("gpt_neox", "mha"), random_tokens(16, 11, 40)
+    masks = devinterp.create_param_masks(model, "l1h0")
+    runs = {
+        way: devinterp.sample(model, data, {"x": data}, param_masks=masks, chains_together=way, batches_per_draw=1, **SHORT)
+        for way in ("sequential", "vmap")
+    }
+    computed = runs["vmap"].attrs["metadata"]["computed"]
+    assert computed["way"] == "vmap"
+    assert computed["prefix"]
+    np.testing.assert_allclose(runs["vmap"].loss_x, runs["sequential"].loss_x, rtol=1e-5, atol=1e-5)
+
+
+def test_a_diverged_chain_in_a_vmap_leaves_the_others_bit_by_bit():
+    plan = plan_of(TinyLM(), random_tokens(), lr=1e-3, n_beta=10.0, batch_size=4, num_draws=6)
+
+    def walk(poisoned: bool):
+        walker = Walker(plan, 0, 1, 2)
+        losses = []
+        for t in range(6):
+            losses.append(walker.differentiate(t))
+            if poisoned and t == 2:
+                walker.gradient[1] = float("nan")
+            walker.step()
+        return torch.stack(losses)
+
+    clean, poisoned = walk(False), walk(True)
+    assert torch.equal(clean[:, [0, 2]], poisoned[:, [0, 2]])
+    assert torch.isnan(poisoned[3:, 1]).all()
+
+
+def test_a_diverged_chain_ends_and_the_others_of_its_group_go_on(monkeypatch):
+    plan = plan_of(TinyLM(), random_tokens(), lr=1e-3, n_beta=10.0, batch_size=4, num_draws=6)
+    step = Walker.step
+
+    def poisoning(walker):
+        if walker.chains == (0, 1) and not hasattr(walker, "poisoned"):
+            walker.poisoned = True
+            walker.gradient[1] = float("nan")
+        return step(walker)
+
+    monkeypatch.setattr(Walker, "step", poisoning)
+    seen = list(run_chains(plan, [0, 1]))
+    assert [item for item in seen if isinstance(item, Diverged)] == [Diverged(1, 1)]
+    assert [item.steps_taken for item in seen if not isinstance(item, Diverged) and item.chain == 0] == list(range(7))
+    assert [item.steps_taken for item in seen if not isinstance(item, Diverged) and item.chain == 1] == [0]
+
+
+def test_a_model_that_no_vmap_carries_runs_one_after_another(caplog):
+    class Branches(TinyLM):
+        def forward(self, ids):
+            logits = super().forward(ids)
+            return logits if logits.sum() > -1e9 else -logits
+
+    with caplog.at_level("INFO", "devinterp"):
+        samples = devinterp.sample(Branches(), random_tokens(), {}, chains_together="vmap", **SHORT)
+    assert samples.attrs["metadata"]["computed"]["way"] == "sequential"
+    assert "chains in one vmap: not used" in caplog.text
+
+
+def test_the_rule_is_of_sizes_alone(monkeypatch):
+    monkeypatch.setattr(placement, "num_cores", lambda: 2)
+    data = random_tokens()
+
+    def way(model=None, **settings):
+        return decide("auto", plan_of(model or TinyLM(), data, batch_size=4, **settings))
+
+    assert way(num_chains=4).way == "sequential"
+    assert way(num_chains=32).way == "vmap"
+    assert way(num_chains=32, train_mode=True).way == "sequential"
+    assert way(num_chains=4, num_draws=10**9) == Placement("processes", 1)
+    assert way(num_chains=1, num_draws=10**9).way == "sequential"
+    wide = Weights(torch.zeros(10**6))
+    assert decide("auto", plan_of(wide, rows(16), linear(1.0), num_chains=32, batch_size=8)).way != "vmap"
+    monkeypatch.setattr(placement.os, "sysconf", lambda name: 1)
+    assert way(num_chains=4, num_draws=10**9).way == "sequential", "no memory for copies"
+
+
+def test_a_store_is_gone_on_with_as_it_began(tmp_path):
+    data = random_tokens()
+    import zarr
+
+    first = devinterp.sample(TinyLM(), data, {}, output_path=tmp_path / "run", chains_together="vmap", **SHORT).load()
+    root = zarr.open_group(tmp_path / "run", mode="r+")
+    root.attrs["completed"] = 0
+    root["chain_status"][...] = 0
+    again = devinterp.sample(TinyLM(), data, {}, output_path=tmp_path / "run", chains_together="sequential", **SHORT)
+    np.testing.assert_array_equal(first.sampling_loss, again.sampling_loss)
+    assert again.attrs["metadata"]["computed"]["way"] == "vmap"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("chains_together", "threads"), ("reuse_prefix", 1), ("compile", "yes"), ("precision", "fp8")]
+)
+def test_wrong_options_are_refused(name, value):
+    with pytest.raises(DevinterpInputError, match=name):
+        devinterp.sample(TinyLM(), random_tokens(), {}, **{name: value}, **SHORT)
