@@ -29,6 +29,7 @@ class Bug:
 LAWS, CHAIN, MODEL, LLC = "tests/test_laws.py", "tests/test_chain.py", "tests/test_model_untouched.py", "tests/test_llc.py"
 SGLD, LM = "samplers/sgld.py", "samplers/leimkuhler_matthews.py"
 BIF, SUS, DEAD = "tests/test_bif.py", "tests/test_susceptibilities.py", "tests/test_dead_heads.py"
+FAST, PLACE = "tests/test_fast_paths.py", "tests/test_placement.py"
 RMS, LOOP = "samplers/rmsprop_sgld.py", "engine/chain.py"
 
 BUGS = [
@@ -56,7 +57,7 @@ BUGS = [
         "return steps_taken if steps_taken < self.num_draws else None", LLC),
     Bug("dropout left on", "engine/checkpoint.py", "self.model.train(self.train_mode)", "self.model.train(True)", MODEL),
     Bug("training flags not put back", "engine/checkpoint.py", "module.training = training", "pass", MODEL),
-    Bug("a mask ignored", "engine/selection.py", "index = None if mask is None else", "index = None if True else", LAWS),
+    Bug("a mask ignored", "engine/selection.py", "None if mask is None else mask.bool()", "None if True else mask.bool()", LAWS),
     Bug("masters in bfloat16", "engine/selection.py", "torch.float64 if wide else torch.float32",
         "torch.float64 if wide else pieces[0].parameter.dtype", LAWS),
     Bug("seed + chain", "engine/seeds.py", 'hashlib.blake2b(repr(what).encode(), digest_size=8).digest()',
@@ -75,7 +76,7 @@ BUGS = [
     Bug("errors of shared batches ignored", "analysis/uncertainty.py", "return max(errors)", "return errors[0]", LLC),
     Bug("autocorrelation ignored", "analysis/uncertainty.py", "return max(errors)", "return trace.std() / trace.size**0.5", LLC),
     Bug("stale store returned", "store/runs.py", "if lines := differences(stored, fingerprint):", "if lines := []:", "tests/test_store.py"),
-    Bug("rows overwritten at the tail", "store/writer.py", "start = self._written[name]", "start = 0", "tests/test_store.py"),
+    Bug("rows overwritten at the tail", "store/writer.py", "start, held = self._written[name], ", "start, held = 0, ", "tests/test_store.py"),
     Bug("curvature at the checkpoint alone", "engine/curvature.py", "after_pilot = max(after_pilot, h)", "after_pilot = 0.0",
         "tests/test_curvature.py"),
     Bug("covariance over N, not N - 1", "analysis/moments.py", "(observations - groups) ** 0.5", "observations**0.5", BIF),
@@ -88,6 +89,19 @@ BUGS = [
     Bug("baseline of the sampling stream", "slt/suites.py", 'f"init_loss_{suite.task}" if known', '"init_loss" if known', SUS),
     Bug("a failed chain left as it is", "slt/running.py", "in (RUNNING, FAILED)]", "in (RUNNING,)]", SUS),
     Bug("norms that couple the heads", "engine/discovery/probe.py", "return value.detach() if isinstance(value, Tensor) else value", "return value", DEAD),
+    Bug("slope of a soft cap forgotten", "engine/vocabulary.py", "by_logits *= slope", "pass", FAST),
+    Bug("scale of logits forgotten in the gradient", "engine/vocabulary.py", "by_logits *= scale", "pass", FAST),
+    Bug("losses without logits unproven", "engine/proof.py", "good = worst <= self.loss_tolerance and", "good = True or", FAST),
+    Bug("outputs of the last batch replayed", "engine/prefix.py", "if key not in self._batches:", "if not self._batches:", FAST),
+    Bug("shared modules replayed", "engine/prefix.py", "for module in finished if calls[module] == 1)", "for module in finished)", FAST),
+    Bug("waits at every step", LOOP, "PATIENCE_ELSEWHERE = 64", "PATIENCE_ELSEWHERE = 1", FAST),
+    Bug("divergence dated at the look", LOOP, "yield Diverged(chain, first)", "yield Diverged(chain, t)", FAST),
+    Bug("chains of a vmap share their noise", LOOP, "row.normal_(generator=rng)", "row.normal_(generator=rngs[0])", PLACE),
+    Bug("a diverged chain ends its group", LOOP, "if not watch.alive:", "if len(watch.alive) < len(chains):", PLACE),
+    Bug("no baseline where chains are done", "slt/running.py", "Baseline(runs[i].plan, runs[i].store, source)) for i in numbers",
+        "Baseline(runs[i].plan, runs[i].store, source)) for i in numbers if due[i]", PLACE),
+    Bug("a death takes all chains", "engine/placement.py", "yield from attempt([i], 1)", "break", PLACE),
+    Bug("the path of a store forgotten", "slt/running.py", "if stored else decide(asked", "if False else decide(asked", PLACE),
 ]  # fmt: skip
 
 
