@@ -19,7 +19,7 @@ from devinterp.slt.running import run
 from devinterp.store.matrices import MatrixWriter
 from devinterp.store.reader import metadata_of
 from devinterp.store.runs import unsampled
-from devinterp.store.samples import Samples, root_of, usable_chains
+from devinterp.store.samples import Samples, of_chains, root_of, usable_chains
 from devinterp.store.traces import Traces, chosen_observables
 
 
@@ -139,7 +139,7 @@ def compute_bif(
     )  # fmt: skip
     ds = root_of(samples)
     kept, dropped = usable_chains(ds, on_diverged)
-    ds = ds.isel(chain=kept)
+    ds = of_chains(ds, kept)
     traces = _traces(ds, options)
     sides = Sides(traces, options)
     if output_path is not None:

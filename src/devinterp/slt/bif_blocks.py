@@ -119,7 +119,7 @@ class Sides:
     def blocks(self) -> Iterator[tuple[slice, slice, Floats]]:
         """Pieces of the matrix: which rows and columns (as sequences or queries), and their traces' products."""
         for rows in spans(len(self.rows), self.block):
-            left = self._load(self.rows[rows])
+            left = self._row(rows)
             for columns in spans(len(self.columns), self.block):
                 product = products(left, self._column(columns), self.options.compute_covariance)
                 if self.options.sign == "bif":
@@ -129,6 +129,10 @@ class Sides:
     @property
     def num_blocks(self) -> int:
         return -(-len(self.rows) // self.block) * -(-len(self.columns) // self.block)
+
+    def _row(self, rows: slice) -> Tensor:
+        same = self.query_positions is None and np.array_equal(self.rows, self.columns)
+        return self._column(rows) if same and self._kept_columns is not None else self._load(self.rows[rows])
 
     def _column(self, columns: slice) -> Tensor:
         if self._kept_columns is not None:

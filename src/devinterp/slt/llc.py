@@ -12,7 +12,7 @@ from devinterp.engine.settings import choice
 from devinterp.errors import ChainsUnusable
 from devinterp.slt.sampling import sample
 from devinterp.store.reader import metadata_of, n_beta_of, observable_names
-from devinterp.store.samples import Samples, mean_per_draw, root_of, usable_chains
+from devinterp.store.samples import Samples, mean_per_draw, of_chains, root_of, usable_chains
 
 
 def llc(
@@ -73,7 +73,7 @@ def compute_llc(samples: Samples, *, on_diverged: str = "raise") -> xr.Dataset:
     ds = root_of(samples)
     n_beta = n_beta_of(ds)
     kept, dropped = usable_chains(ds, on_diverged)
-    ds = ds.isel(chain=kept)
+    ds = of_chains(ds, kept)
     loss_trace = mean_per_draw(ds["sampling_loss"])
     excess = loss_trace - (
         mean_per_draw(ds["baseline_loss"]) if "baseline_loss" in ds else ds["init_loss"].mean("token_pos", dtype=np.float64)

@@ -12,7 +12,7 @@ from devinterp.analysis.susceptibility import Doubles, Moments, standardised
 from devinterp.engine.tokens import stored_name
 from devinterp.errors import DevinterpError, InputTypeError, InputValueError, StoreError, got
 from devinterp.store.reader import metadata_of, observable_names
-from devinterp.store.samples import Samples, draws_in_parts, root_of, usable_chains
+from devinterp.store.samples import Samples, draws_in_parts, of_chains, root_of, usable_chains
 from devinterp.store.traces import chosen_observables
 
 FULL = "full"
@@ -60,7 +60,7 @@ class Suite:
                 kept, dropped[name] = usable_chains(ds, on_diverged)
             except DevinterpError as error:
                 raise type(error)(f"restriction {name!r}: {error}") from error
-            runs[name] = ds.isel(chain=kept)
+            runs[name] = of_chains(ds, kept)
             if len(kept) * ds.sizes["draw"] < 2:
                 raise StoreError(f"restriction {name!r} has one draw in all: a covariance needs more.")
         return cls(runs, task, tuple(sorted(names)), dropped)

@@ -42,6 +42,11 @@ def root_of(samples: Samples) -> xr.Dataset:
     return samples
 
 
+def of_chains(ds: xr.Dataset, kept: list[int]) -> xr.Dataset:
+    """These chains only. All of them are not indexed at all, which reads several times faster than by a list."""
+    return ds if kept == list(range(ds.sizes["chain"])) else ds.isel(chain=kept)
+
+
 def usable_chains(ds: xr.Dataset, on_diverged: str) -> tuple[list[int], list[int]]:
     """Positions of the chains to use, and of those left out."""
     count = ds.sizes["chain"]

@@ -63,7 +63,9 @@ class Traces:
         return read
 
     def _read(self, name: str, local: Numbers) -> npt.NDArray[Any]:
-        losses = self.ds[f"loss_{name}"].isel({f"batch_{name}": local})
+        whole = len(local) == local[-1] - local[0] + 1  # a slice is read several times faster than a list of numbers
+        chosen = slice(int(local[0]), int(local[-1]) + 1) if whole else local
+        losses = self.ds[f"loss_{name}"].isel({f"batch_{name}": chosen})
         if self.sequence_level:
             losses = losses.mean("token_pos", dtype=np.float64)
         if self.mean_over_chains:
