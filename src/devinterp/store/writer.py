@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import zarr
 from torch import Tensor
 from zarr.codecs import ZstdCodec
@@ -125,34 +124,40 @@ class StoreWriter:
 
 
 class Rows:
-    """Rows on their way to the store: held until a chunk is whole, then written once, by another thread, and forgotten."""
+    """Rows on their way to the store: copied to a chunk's own memory, written once by another thread when it is whole.
+
+    Rows kept as they come would lie scattered between the large tensors of a step, and fragment memory to a multiple of it.
+    """
 
     def __init__(self, store: StoreWriter, chain: int | None, thread: Executor):
         self._store, self._chain, self._thread = store, chain, thread
-        self._held: dict[str, list[Tensor]] = defaultdict(list)
+        self._held: dict[str, Tensor] = {}
+        self._count: dict[str, int] = defaultdict(int)
         self._written: dict[str, int] = defaultdict(int)
         self._arrays: dict[str, zarr.Array[Any]] = {}
         self._writing: deque[Future[None]] = deque()
 
     def append(self, name: str, row: Tensor) -> None:
-        """One row, which must not be changed afterwards; on a GPU it is not waited for."""
-        if name not in self._arrays:
-            self._arrays[name] = self._store._array(name)
-        self._held[name].append(row)
-        dims = self._store.variables[name].dims
-        if len(self._held[name]) == self._arrays[name].chunks["chain" in dims]:
+        """One row; on a GPU it is not waited for."""
+        if name not in self._held:
+            array = self._arrays.setdefault(name, self._store._array(name))
+            along = int("chain" in self._store.variables[name].dims)
+            length = min(array.chunks[along], array.shape[along] - self._written[name])
+            self._held[name] = row.new_empty(length, *row.shape)
+        self._held[name][self._count[name]] = row
+        self._count[name] += 1
+        if self._count[name] == len(self._held[name]):
             self._write(name)
 
     def flush(self) -> None:
         """Write what is held, and wait until everything is written."""
         for name in list(self._held):
-            if self._held[name]:
-                self._write(name)
+            self._write(name)
         while self._writing:
             self._writing.popleft().result()
 
     def _write(self, name: str) -> None:
-        start, held = self._written[name], self._held.pop(name)
+        start, held = self._written[name], self._held.pop(name)[: self._count.pop(name)]
         rows = slice(start, start + len(held))
         chain = () if self._chain is None else (self._chain,)
         while len(self._writing) >= CHUNKS_WAITING:
@@ -161,8 +166,8 @@ class Rows:
         self._written[name] = rows.stop
 
 
-def _write_chunk(array: "zarr.Array[Any]", region: tuple[int | slice, ...], rows: list[Tensor]) -> None:
-    array[region] = torch.stack(rows).cpu().numpy()
+def _write_chunk(array: "zarr.Array[Any]", region: tuple[int | slice, ...], rows: Tensor) -> None:
+    array[region] = rows.cpu().numpy()
 
 
 def create_array(root: zarr.Group, name: str, variable: Variable, sizes: Mapping[str, int]) -> None:
