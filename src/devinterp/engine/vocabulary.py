@@ -73,9 +73,8 @@ class _CrossEntropy(torch.autograd.Function):
         losses = torch.empty(len(flat), dtype=torch.float32, device=flat.device)
         for rows, logits, picked in _chunks(flat, weight, bias, targets.reshape(-1), scale, cap):
             slope = None if cap is None else 1 - (logits / cap).square()
-            highest = logits.amax(1, keepdim=True)
-            total = logits.sub_(highest).exp_().sum(1, keepdim=True)
-            losses[rows] = (total.log() + highest).squeeze(1) - picked
+            total, log_total = _exponentials(logits)
+            losses[rows] = log_total - picked
             by_logits = logits.div_(total)
             by_logits[torch.arange(len(picked), device=flat.device), targets.reshape(-1)[rows]] -= 1
             if slope is not None:
@@ -105,14 +104,21 @@ def _losses(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
     flat = hidden.reshape(-1, hidden.shape[-1])
     losses = torch.empty(len(flat), dtype=torch.float32, device=flat.device)
     for rows, logits, picked in _chunks(flat, weight, bias, targets.reshape(-1), scale, cap):
-        losses[rows] = logits.logsumexp(1) - picked
+        losses[rows] = _exponentials(logits)[1] - picked
     return losses.view(targets.shape)
+
+
+def _exponentials(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """exp(logits - the row's highest), in their place; its sums (row, 1), and log sum exp(logits) of each row."""
+    highest = logits.amax(1, keepdim=True)
+    total = logits.sub_(highest).exp_().sum(1, keepdim=True)
+    return total, (total.log() + highest).squeeze(1)
 
 
 def _chunks(
     flat: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, scale: float, cap: float | None
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Rows of `flat`, their float32 logits (overwritten by the next chunk), and the logits of the targets."""
+    """Rows of `flat`, their float32 logits (to be overwritten), and the logits of the targets."""
     vocabulary = weight.shape[0]
     size = max(1, min(len(flat), CHUNK_ELEMENTS.get(flat.device.type, CHUNK_ELEMENTS_ELSEWHERE) // vocabulary))
     memory = torch.empty(size, vocabulary, dtype=flat.dtype, device=flat.device)
