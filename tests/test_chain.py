@@ -7,7 +7,7 @@ from cases import TinyLM, Weights, linear, plan_of, quadratic, random_tokens, ro
 from datasets import Dataset
 
 import devinterp
-from devinterp.engine.chain import Walker, run_chains
+from devinterp.engine.chain import Walk, Walker, run_chains
 from devinterp.engine.settings import Settings
 
 QUIET = {"noise_level": 0.0, "num_init_loss_batches": 1, "progress": False, "num_chains": 1}
@@ -101,7 +101,7 @@ def test_a_chain_against_a_slow_obvious_loop(tiny, tokens):
     settings = {"lr": 2e-3, "n_beta": 15.0, "localization": 7.0, "llc_weight_decay": 0.5, "batch_size": 4, "num_draws": 6,
                 "gradient_accumulation_steps": 2}  # fmt: skip
     plan = plan_of(tiny, tokens, **settings)
-    snapshots = list(run_chains(plan, [1]))
+    snapshots = [seen for (seen,) in run_chains(Walk(plan, [1]))]
     rng = torch.Generator().manual_seed(Walker(plan, 1).rngs[0].initial_seed())
     size = sum(p.numel() for p in tiny.parameters())
     torch.randn(size, generator=rng)  # the noise handed to the sampler's init

@@ -14,7 +14,7 @@ import devinterp
 from devinterp.engine import chain as chain_module
 from devinterp.engine import proof as proof_module
 from devinterp.engine import vocabulary
-from devinterp.engine.chain import Walker, run_chains
+from devinterp.engine.chain import Walk, Walker, run_chains
 from devinterp.engine.checkpoint import Checkpoint
 from devinterp.engine.forward import Forward
 from devinterp.engine.prefix import Recorder, find_prefix
@@ -317,7 +317,7 @@ def test_a_step_waits_for_nothing_between_two_draws(monkeypatch, any_vocabulary)
     plan = plan_of(model, data, batch_size=4, num_draws=2, num_steps_bw_draws=20, save_metrics=True)
     plan = chain_module.replace(plan, forward=forward_of(model))
     assert plan.forward.head is not None
-    steps = run_chains(plan, [0])
+    steps = run_chains(Walk(plan, [0]))
     next(steps)
     with CountsWaits() as models_own, torch.no_grad():
         plan.forward.losses({}, tiny_tokens(4), {})
@@ -343,7 +343,7 @@ def test_a_patient_watch_finds_the_very_step_of_divergence(monkeypatch):
     for patience in (1, 64):
         monkeypatch.setattr(chain_module, "PATIENCE", {"cpu": patience})
         plan = plan_of(model, data, num_steps_bw_draws=5, **wild)
-        found.append([item for item in run_chains(plan, [0]) if isinstance(item, chain_module.Diverged)])
+        found.append([item for seen in run_chains(Walk(plan, [0])) for item in seen if isinstance(item, chain_module.Diverged)])
     assert found[0] == found[1]
     assert len(found[0]) == 1
 

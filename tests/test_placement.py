@@ -15,7 +15,7 @@ from zoo import tiny_model
 
 import devinterp
 from devinterp.engine import placement
-from devinterp.engine.chain import Diverged, Walker, run_chains
+from devinterp.engine.chain import Diverged, Walk, Walker, run_chains
 from devinterp.engine.placement import Placement, decide
 from devinterp.errors import ChainFailed, DevinterpInputError
 from devinterp.store.reader import open_store
@@ -235,7 +235,7 @@ def test_a_diverged_chain_ends_and_the_others_of_its_group_go_on(monkeypatch):
         return step(walker)
 
     monkeypatch.setattr(Walker, "step", poisoning)
-    seen = list(run_chains(plan, [0, 1]))
+    seen = [item for seen in run_chains(Walk(plan, [0, 1])) for item in seen]
     assert [item for item in seen if isinstance(item, Diverged)] == [Diverged(1, 1)]
     assert [item.steps_taken for item in seen if not isinstance(item, Diverged) and item.chain == 0] == list(range(7))
     assert [item.steps_taken for item in seen if not isinstance(item, Diverged) and item.chain == 1] == [0]

@@ -63,3 +63,20 @@ class ChainsUnusable(DevinterpError, RuntimeError):
 
 class StoreError(DevinterpError, RuntimeError):
     """A store cannot be read: not one of ours, not complete, or damaged."""
+
+
+class RunLocked(DevinterpError, RuntimeError):
+    """Another process writes the run at `output_path`."""
+
+    def __init__(self, path: str, owner: str):
+        super().__init__(
+            f"{path!r} is being written by {owner}. Wait for it, or choose another output_path. Nothing was changed."
+        )
+        self.path, self.owner = path, owner
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return RunLocked, (self.path, self.owner)
+
+
+class StorageError(DevinterpError, OSError):
+    """The disk did not take what was to be written. What was committed before is kept."""

@@ -33,9 +33,9 @@ def init_loss_of(plan: Plan, observable: Observable) -> Tensor:
 
 
 @torch.no_grad()
-def baseline_losses(plan: Plan, chain: int) -> Iterator[Tensor]:
-    """For each draw, the loss at the checkpoint on the batch of its `sampling_loss`, shape (batch, token_pos)."""
-    for draw in range(plan.settings.num_draws):
+def baseline_losses(plan: Plan, chain: int, start: int = 0) -> Iterator[Tensor]:
+    """For each draw from `start` on, the loss at the checkpoint on the batch of its `sampling_loss`: (batch, token_pos)."""
+    for draw in range(start, plan.settings.num_draws):
         yield _losses(plan, chain, plan.settings.steps_before_draw(draw))
 
 

@@ -86,28 +86,42 @@ class Diverged:
     steps_taken: int
 
 
-def run_chains(plan: Plan, chains: Sequence[int], recorder: Recorder | None = None) -> Iterator[Snapshot | Diverged]:
-    """Walk some chains side by side; yields each after 0, 1, ... num_steps steps.
+class Walk:
+    """Some chains on their way, side by side. Between two steps it is all that they are: it can be stored and gone on with."""
+
+    def __init__(self, plan: Plan, chains: Sequence[int], recorder: Recorder | None = None):
+        self.plan, self.chains = plan, tuple(chains)
+        self.walker = Walker(plan, *chains, recorder=recorder)
+        self.watch = Watch(chains, plan.selection.device)
+        self.steps_taken = 0
+
+
+def run_chains(walk: Walk) -> Iterator[list[Snapshot | Diverged]]:
+    """Walk on to the end; yields what is seen of the chains after 0, 1, ... num_steps steps.
 
     The loss of the next step's batch is recorded with the weights that it is taken at: it costs nothing except after the
-    last step, where one forward pass is made for it. Several chains in one call must be of a model that `torch.func.vmap`
-    can carry (`placement.py`); a diverged one leaves the others as they are.
+    last step, where a pass is made for it. Several chains in one walk must be of a model that `torch.func.vmap` can carry
+    (`placement.py`); a diverged one leaves the others as they are.
     """
-    walker, watch = Walker(plan, *chains, recorder=recorder), Watch(chains, plan.selection.device)
-    for t in range(plan.settings.num_steps + 1):
+    plan, walker, watch = walk.plan, walk.walker, walk.watch
+    for t in range(walk.steps_taken, plan.settings.num_steps + 1):
         last = t == plan.settings.num_steps
-        losses = walker.losses(t) if last else walker.differentiate(t)
+        # the gradient is not needed after the last step, but then its losses are those of a longer run to the last bit
+        losses = walker.differentiate(t)
         draw = plan.settings.draw_at(t)
         observables = walker.observe() if draw is not None else {}
-        yield from watch.look(t, [losses, *observables.values()], now=draw is not None or last)
+        seen: list[Snapshot | Diverged] = []
+        seen += watch.look(t, [losses, *observables.values()], now=draw is not None or last)
+        metrics = None if last or not watch.alive else walker.step()
+        for i, chain in enumerate(walk.chains):
+            if chain in watch.alive:
+                observed = {name: values[i] for name, values in observables.items()}
+                told = None if metrics is None else {name: values[i] for name, values in metrics.items()}
+                seen.append(Snapshot(chain, t, losses[i], draw, observed, told))
+        walk.steps_taken = t + 1
+        yield seen
         if not watch.alive:
             return
-        metrics = None if last else walker.step()
-        for i, chain in enumerate(chains):
-            if chain in watch.alive:
-                seen = {name: observed[i] for name, observed in observables.items()}
-                told = None if metrics is None else {name: values[i] for name, values in metrics.items()}
-                yield Snapshot(chain, t, losses[i], draw, seen, told)
 
 
 class Watch:
@@ -116,20 +130,21 @@ class Watch:
     def __init__(self, chains: Sequence[int], device: torch.device):
         self.chains, self.alive = tuple(chains), set(chains)
         self.patience = PATIENCE.get(device.type, PATIENCE_ELSEWHERE)
-        self._unseen: list[tuple[int, Tensor]] = []
+        self.unseen: list[tuple[int, Tensor]] = []
+        """sums of the losses of steps that were not looked at yet"""
 
     def look(self, t: int, losses: Sequence[Tensor], now: bool) -> Iterator[Diverged]:
         """Chains found to have diverged; losses of shape (chain, ...)."""
-        self._unseen.append((t, torch.stack([part.flatten(1).sum(1, dtype=torch.float64) for part in losses]).sum(0)))
-        if not now and len(self._unseen) < self.patience:
+        self.unseen.append((t, torch.stack([part.flatten(1).sum(1, dtype=torch.float64) for part in losses]).sum(0)))
+        if not now and len(self.unseen) < self.patience:
             return
-        sums = torch.stack([total for _, total in self._unseen]).tolist()
+        sums = torch.stack([total for _, total in self.unseen]).tolist()
         for i, chain in enumerate(self.chains):
-            first = next((at for (at, _), row in zip(self._unseen, sums, strict=True) if not math.isfinite(row[i])), None)
+            first = next((at for (at, _), row in zip(self.unseen, sums, strict=True) if not math.isfinite(row[i])), None)
             if first is not None and chain in self.alive:
                 self.alive.remove(chain)
                 yield Diverged(chain, first)
-        self._unseen.clear()
+        self.unseen.clear()
 
 
 def update_blocks(selection: Selection) -> list[Block]:
@@ -197,11 +212,6 @@ class Walker:
         for piece, gradient in zip(self.plan.selection.pieces, gradients, strict=True):
             if gradient is not None:
                 piece.shaped(self.gradient).add_(gradient)
-
-    @torch.no_grad()
-    def losses(self, t: int) -> Tensor:
-        """Losses on the batch of step t."""
-        return torch.cat([self._on_batch(t, j) for j in range(self.plan.settings.gradient_accumulation_steps)], 1)
 
     def _on_batch(self, t: int, micro: int) -> Tensor:
         batches, forward = self.plan.batches, self.plan.forward

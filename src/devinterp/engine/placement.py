@@ -3,7 +3,7 @@
 import contextlib
 import os
 import tempfile
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from devinterp.engine.chain import Plan
+from devinterp.engine.stopping import SECONDS_TO_STOP, no_signals
 
 LONG_RUN = 3e11
 """Floating-point operations from which starting worker processes (their imports take seconds) pays"""
@@ -24,9 +25,21 @@ MANY_CHAINS = 8
 """from which a CPU gains by one vmap"""
 WORKER_IDLE_SECONDS = 300
 
+SECONDS_BETWEEN_LOOKS = 0.2
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a task yields between two of its steps."""
+
+    count: int = 1
+    """rows that the progress display is to count"""
+    note: str = ""
+
+
 Task = TypeVar("Task")
-Work = Callable[[Task], Generator[str, None, Any]]
-"""Does a task, yields a note for the progress display after every step, and returns an outcome"""
+Work = Callable[[Task], Generator[Step, None, Any]]
+"""Does a task, yields after every step, and returns an outcome. Closed between two steps, it keeps what was done."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +53,9 @@ class Placement:
 
     def chains_per_walker(self, chains: Sequence[int]) -> list[tuple[int, ...]]:
         """Chains that share every operator."""
-        return [tuple(chains)] if self.way == "vmap" else [(chain,) for chain in chains]
+        if self.way == "vmap":
+            return [tuple(chains)] if chains else []
+        return [(chain,) for chain in chains]
 
 
 def decide(asked: str, plan: Plan, num_runs: int = 1) -> Placement:
@@ -111,8 +126,8 @@ def threads(count: int) -> Iterator[None]:
             torch.set_num_threads(before)
 
 
-def do(work: Work[Task], tasks: Sequence[Task], placement: Placement) -> Generator[str, None, list[Any]]:
-    """Do tasks where they are placed; yields the notes of all, and returns their outcomes in order.
+def do(work: Work[Task], tasks: Sequence[Task], placement: Placement) -> Generator[Step, None, list[Any]]:
+    """Do tasks where they are placed; yields the steps of all, and returns their outcomes in order.
 
     The outcome of a task whose worker process died is a `BrokenProcessPool`.
     """
@@ -126,23 +141,23 @@ def do(work: Work[Task], tasks: Sequence[Task], placement: Placement) -> Generat
     return outcomes
 
 
-def _in_processes(work: Work[Task], tasks: Sequence[Task], num_threads: int) -> Generator[str, None, list[Any]]:
+def _in_processes(work: Work[Task], tasks: Sequence[Task], num_threads: int) -> Generator[Step, None, list[Any]]:
     """Workers import nothing of the user's script, and stay for the next run; they count their steps in a shared file."""
     workers = min(len(tasks), max(1, num_cores() // num_threads))
     outcomes: list[Any] = [None] * len(tasks)
     with tempfile.TemporaryDirectory(prefix="devinterp-") as folder:
         counts = Counts(Path(folder) / "steps", len(tasks), create=True)
 
-        def attempt(numbers: Sequence[int], count: int) -> Generator[str, None, list[int]]:
+        def attempt(numbers: Sequence[int], count: int) -> Generator[Step, None, list[int]]:
             """Do some of the tasks; returns those whose worker died."""
             from loky import get_reusable_executor
 
             executor = get_reusable_executor(max_workers=count, timeout=WORKER_IDLE_SECONDS)
-            with _stopped_if_left(executor):
-                futures: dict[Future[Any], int] = {
-                    executor.submit(_exhaust, work, tasks[i], counts.path, i, len(tasks), num_threads): i for i in numbers
-                }
-                yield from _watched(set(futures), counts)
+            futures: dict[Future[Any], int] = {}
+            with _stopped_if_left(executor, futures, counts):
+                for i in numbers:
+                    futures[executor.submit(_exhaust, work, tasks[i], counts.path, i, len(tasks), num_threads, os.getpid())] = i
+                yield from _watched(futures, counts)
             for future, i in futures.items():
                 error = future.exception()
                 if error is not None and not isinstance(error, BrokenProcessPool):
@@ -157,49 +172,67 @@ def _in_processes(work: Work[Task], tasks: Sequence[Task], num_threads: int) -> 
 
 
 @contextlib.contextmanager
-def _stopped_if_left(executor: Any) -> Iterator[None]:
-    """Kills the workers when the block is interrupted: what they do is not wanted any more."""
+def _stopped_if_left(executor: Any, futures: Mapping[Future[Any], int], counts: "Counts") -> Iterator[None]:
+    """When the block is interrupted, workers end their step and keep what was done; then they are killed."""
     try:
         yield
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, GeneratorExit | OSError):
+            counts.stop()
+            for future in futures:
+                future.cancel()
+            wait([future for future in futures if not future.cancelled()], timeout=SECONDS_TO_STOP)
         executor.shutdown(wait=True, kill_workers=True)
         raise
 
 
-def _watched(futures: set[Future[Any]], counts: "Counts") -> Iterator[str]:
-    """One note for every step that was counted, until all is done."""
-    seen = 0
-    while True:
-        _, futures = wait(futures, timeout=0.2, return_when=FIRST_COMPLETED)
+def _watched(futures: Mapping[Future[Any], int], counts: "Counts") -> Iterator[Step]:
+    """The steps that were counted, now and then, until all is done; an error of the machine ends it at once."""
+    seen, waiting = 0, set(futures)
+    while waiting:
+        done, waiting = wait(waiting, timeout=SECONDS_BETWEEN_LOOKS, return_when=FIRST_COMPLETED)
         total = counts.total()
-        for _ in range(total - seen):
-            yield ""
-        seen = max(seen, total)
-        if not futures:
-            return
+        yield Step(total - seen)
+        seen = total
+        for future in done:
+            error = future.exception()
+            if isinstance(error, OSError):
+                raise error
 
 
 class Counts:
-    """Steps taken by each task, in a file that worker processes map into memory."""
+    """Steps taken by each task, and whether all are to stop, in a file that worker processes map into memory."""
 
     def __init__(self, path: Path, size: int, create: bool = False):
         self.path = path
-        self._steps = np.memmap(path, dtype=np.int64, mode="w+" if create else "r+", shape=(size,))
+        self._steps = np.memmap(path, dtype=np.int64, mode="w+" if create else "r+", shape=(size + 1,))
 
-    def add(self, task: int) -> None:
-        self._steps[task] += 1
+    def add(self, task: int, count: int) -> None:
+        self._steps[task] += count
 
     def total(self) -> int:
-        return int(self._steps.sum())
+        return int(self._steps[:-1].sum())
+
+    def stop(self) -> None:
+        self._steps[-1] = 1
+
+    @property
+    def stopped(self) -> bool:
+        return bool(self._steps[-1])
 
 
-def _exhaust(work: Work[Task], task: Task, path: Path, number: int, size: int, num_threads: int) -> Any:
-    """In a worker: do one task to its end."""
+def _exhaust(work: Work[Task], task: Task, path: Path, number: int, size: int, num_threads: int, parent: int) -> Any:
+    """In a worker: do one task to its end, or until it is told to stop."""
     torch.set_num_threads(num_threads)
     counts, steps = Counts(path, size), work(task)
-    while True:
-        try:
-            next(steps)
-        except StopIteration as end:
-            return end.value
-        counts.add(number)
+    with no_signals(), contextlib.closing(steps):
+        while True:
+            try:
+                step = next(steps)
+            except StopIteration as end:
+                return end.value
+            counts.add(number, step.count)
+            if counts.stopped:
+                return None
+            if os.name == "posix" and os.getppid() != parent:
+                os._exit(1)  # nobody waits for it, and another run may have taken over

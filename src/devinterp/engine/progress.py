@@ -17,6 +17,7 @@ class Progress:
 
     def __init__(self, total: int, description: str, enabled: bool = True):
         self.total, self.description, self.enabled, self.done, self.skipped = total, description, enabled, 0, 0
+        self._first = 0
         self._started = self._said = time.monotonic()
         watched = sys.stderr.isatty() or "ipykernel" in sys.modules
         self._bar: Any = tqdm(total=total, desc=description) if enabled and watched else None
@@ -27,13 +28,15 @@ class Progress:
         if self._bar is not None:
             self._bar.set_description_str(description, refresh=False)
 
-    def update(self, note: str = "") -> None:
-        self.done += 1
-        if self.done == 1:
+    def update(self, count: int = 1, note: str = "") -> None:
+        if count and not self.done:
             self._started = time.monotonic()  # what came before it tells nothing about the rest
+            self._first = count
+        self.done += count
         if self._bar is not None:
-            self._bar.set_postfix_str(note, refresh=False)
-            self._bar.update()
+            if note:
+                self._bar.set_postfix_str(note, refresh=False)
+            self._bar.update(count)
         elif self.enabled and time.monotonic() - self._said > SECONDS_BETWEEN_LINES:
             self._say(note)
 
@@ -48,7 +51,8 @@ class Progress:
     def _say(self, note: str) -> None:
         self._said = time.monotonic()
         elapsed = self._said - self._started
-        left = f"{elapsed / (self.done - 1) * (self.total - self.done):.0f} s left" if self.done > 1 else "begun"
+        timed = self.done - self._first
+        left = f"{elapsed / timed * (self.total - self.done):.0f} s left" if timed > 0 else "begun"
         logger.info("%s: %d of %d, %s %s", self.description, self.done, self.total, left, note)
 
     def __enter__(self) -> Self:

@@ -210,11 +210,15 @@ def _warn(message: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Paths:
-    """How numbers are computed. That changes their last digits at most, so it is not part of what a run is."""
+    """How a run is carried out. That changes the last digits of numbers at most, so it is not part of what a run is."""
 
     chains_together: str = _setting(choice(*WAYS), f"how chains are computed: {', '.join(WAYS)}", "auto")
     reuse_prefix: bool = _setting(switch, "compute what lies before the moving weights once", True)
     compile: bool = _setting(switch, "losses through torch.compile", False)
+    resume: bool = _setting(switch, "go on from the last commit of an interrupted run", True)
+    checkpoint_every: float = _setting(
+        number("Try 300.", low=0.0), "seconds between commits; 0 = at every chunk that is whole", 300.0
+    )
 
     def __post_init__(self) -> None:
         for item in fields(self):

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import xarray as xr
 from torch import Tensor, nn
 
 from devinterp.engine.batches import Batches
@@ -20,7 +19,7 @@ from devinterp.engine.settings import Paths, Settings, choice, settings_and_path
 from devinterp.engine.tokens import Observable, Tokens, check_observables, check_tokens, warn_about_padding
 from devinterp.errors import InputTypeError, got
 from devinterp.store.identity import identity
-from devinterp.store.runs import layout, plain, stored_run
+from devinterp.store.runs import Stored, layout, plain, stored_run
 from devinterp.store.writer import check_output_path, check_space
 
 LONG_RUN = 600.0
@@ -112,7 +111,7 @@ class Request:
             )
         )
 
-    def stored(self) -> xr.DataTree | None:
+    def stored(self) -> Stored | None:
         """The run at the path if it is this one; refuses any other thing that is there."""
         return stored_run(self.path, self.fingerprint)
 

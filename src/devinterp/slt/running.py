@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import BrokenExecutor
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,16 +13,17 @@ import xarray as xr
 from devinterp.engine.chain import Plan
 from devinterp.engine.curvature import StepSize, choose_step_size, warn_if_unstable
 from devinterp.engine.forward import Forward
-from devinterp.engine.placement import Placement, decide, do, num_cores
+from devinterp.engine.placement import Placement, Step, decide, do, num_cores
 from devinterp.engine.progress import Progress
 from devinterp.engine.proof import find_forward, precision_error, steps_together
 from devinterp.engine.selection import Selection
+from devinterp.engine.stopping import Stop, stop_signals
 from devinterp.errors import ChainDiverged, ChainFailed
 from devinterp.slt.requests import Request
 from devinterp.store.reader import metadata_of, open_store
 from devinterp.store.recording import Baseline, Chains, Failure, record
-from devinterp.store.runs import metadata_for, open_writer
-from devinterp.store.schema import COMPLETE, DIVERGED, FAILED, RUNNING
+from devinterp.store.runs import metadata_for, only_writer_of, open_writer
+from devinterp.store.schema import COMPLETE, DIVERGED, FAILED
 from devinterp.store.writer import StoreWriter
 
 logger = logging.getLogger("devinterp")
@@ -36,7 +37,7 @@ Forwards = dict[frozenset[str], Forward]
 
 @dataclass(frozen=True)
 class Run:
-    """A run that is planned and has a store, with chains still to be done."""
+    """A run that is planned and has a store, of which this process is the only writer."""
 
     request: Request
     plan: Plan
@@ -44,9 +45,22 @@ class Run:
     placement: Placement
 
     @property
-    def due(self) -> list[int]:
-        """What failed once, for lack of memory or disk, is run again."""
-        return [chain for chain, status in enumerate(self.store.status()) if status in (RUNNING, FAILED)]
+    def finished(self) -> set[int]:
+        """Chains of which nothing is left to do. What failed once, for lack of memory or disk, is run again."""
+        return set() if self.store.folder is None else self.store.folder.finished_chains()
+
+    @property
+    def walkers(self) -> list[tuple[int, ...]]:
+        """What is left to do: chains that have begun together go on together."""
+        begun = [] if self.store.folder is None else self.store.folder.begun()
+        known = self.finished.union(*begun)
+        return begun + self.placement.chains_per_walker(
+            [chain for chain in range(self.plan.settings.num_chains) if chain not in known]
+        )
+
+    @property
+    def needs_baseline(self) -> bool:
+        return self.store.folder is None or not self.store.folder.has_baseline()
 
 
 def run(request: Request, bar: Progress) -> xr.DataTree:
@@ -61,49 +75,55 @@ def run_to_store(request: Request, bar: Progress) -> Path:
         ChainFailed: a chain ended in an error; the others are stored.
         ChainDiverged: with on_diverged="raise".
     """
-    known = _stored(request, bar)
-    if known is not None and known.attrs.get("completed"):
+    if _is_complete(request, bar):
         assert request.path is not None
         return request.path
-    made = prepare(request, known, {}, first=True)
-    if failures := _carry_out([made], None, bar):
-        raise _failed(failures[0])
-    return made.store.path
+    with ExitStack() as held, stop_signals() as stop:
+        made = prepare(request, {}, held, first=True)
+        if failures := _carry_out([made], None, bar, stop):
+            raise _failed(failures[0])
+        return made.store.path
 
 
 def run_suite(requests: Mapping[str, Request], source: Path, bar: Progress) -> tuple[dict[str, xr.DataTree], dict[str, str]]:
     """Runs with the model, data and step size of a run that has just been made, at `source`; what failed, and why."""
-    runs: dict[str, xr.DataTree] = {}
+    paths: dict[str, Path] = {}
     failed: dict[str, str] = {}
     prepared: dict[str, Run] = {}
     forwards: Forwards = {}
-    for name, request in requests.items():
-        try:
-            known = _stored(request, bar)
-            if known is not None and known.attrs.get("completed"):
-                runs[name] = known
-            else:
-                prepared[name] = prepare(request, known, forwards, first=False, num_runs=len(requests))
-        except Exception as error:  # whatever it is, the other restrictions are not lost
-            failed[name] = f"{type(error).__name__}: {error}"
-    failures = _carry_out(list(prepared.values()), source, bar)
+    with ExitStack() as held, stop_signals() as stop:
+        for name, request in requests.items():
+            try:
+                if _is_complete(request, bar):
+                    assert request.path is not None
+                    paths[name] = request.path
+                else:
+                    prepared[name] = prepare(request, forwards, held, first=False, num_runs=len(requests))
+            except Exception as error:  # whatever it is, the other restrictions are not lost
+                failed[name] = f"{type(error).__name__}: {error}"
+        failures = _carry_out(list(prepared.values()), source, bar, stop)
     for number, (name, made) in enumerate(prepared.items()):
         if number in failures:
             failed[name] = failures[number].message
         else:
-            runs[name] = open_store(made.store.path)
+            paths[name] = made.store.path
     for name, reason in failed.items():
         logger.warning("restriction %s failed: %s", name, reason)
-    return {name: runs[name] for name in requests if name in runs}, failed
+    return {name: open_store(paths[name]) for name in requests if name in paths}, failed
 
 
-def prepare(request: Request, known: xr.DataTree | None, forwards: Forwards, *, first: bool, num_runs: int = 1) -> Run:
-    """Plan a run and make its store, or open it. `first=False` where the same model and data have just been seen."""
+def prepare(request: Request, forwards: Forwards, held: ExitStack, *, first: bool, num_runs: int = 1) -> Run:
+    """Plan a run and make its store, or open it. `first=False` where the same model and data have just been seen.
+
+    From here until `held` is closed no other process writes the run.
+    """
     inputs, settings, checkpoint = request.inputs, request.inputs.settings, request.inputs.checkpoint
-    told: Mapping[str, Any] = {} if known is None else metadata_of(known)
     with checkpoint.ready():
         if first:
             inputs.probe(request.path)
+        folder = held.enter_context(only_writer_of(request.path))
+        known = request.stored()  # again: another process may have ended in the meantime
+        told: Mapping[str, Any] = {} if known is None else known.metadata
         selection = Selection.of(checkpoint.parameters, request.masks)
         moving = frozenset(piece.name for piece in selection.pieces)
         if moving not in forwards:
@@ -121,7 +141,8 @@ def prepare(request: Request, known: xr.DataTree | None, forwards: Forwards, *, 
         metadata |= {"step_size": asdict(step_size), "computed": asdict(placement) | plan.forward.described()}
         if settings.precision is not None:
             metadata["precision_error"] = precision_error(plan.forward, plan.observables, settings.batch_size)
-        return Run(request, plan, open_writer(request.path, plan, metadata, known), placement)
+        store = open_writer(folder, plan, metadata, known, resume=inputs.paths.resume)
+        return Run(request, plan, store, placement)
 
 
 def _placed(plan: Plan, asked: str, stored: Mapping[str, Any] | None, num_runs: int) -> tuple[Plan, Placement]:
@@ -135,83 +156,94 @@ def _placed(plan: Plan, asked: str, stored: Mapping[str, Any] | None, num_runs: 
     return plan, replace(placement, way="sequential")
 
 
-def _stored(request: Request, bar: Progress) -> xr.DataTree | None:
+def _is_complete(request: Request, bar: Progress) -> bool:
+    """Whether the very run asked for is stored, with nothing missing or damaged."""
     known = request.stored()
-    if known is not None and request.inputs.on_diverged == "raise":
-        _raise_for_diverged(known)
-    if known is not None and known.attrs.get("completed"):
-        logger.info("%s holds this very run, complete; nothing to compute", request.path)
-        bar.skip(request.inputs.num_rows)
-    return known
+    if known is None or not known.completed:
+        return False
+    assert request.path is not None
+    if request.inputs.on_diverged == "raise":
+        _raise_for_diverged(open_store(request.path))
+    logger.info("%s holds this very run, complete; nothing to compute", request.path)
+    bar.skip(request.inputs.num_rows)
+    return True
 
 
 def _step_size(plan: Plan) -> StepSize:
     return choose_step_size(plan) if plan.settings.lr == "auto" else StepSize(float(plan.settings.lr))
 
 
-def _carry_out(runs: Sequence[Run], source: Path | None, bar: Progress) -> dict[int, Failure]:
-    """Do what is due of each run; by number, those with a chain that failed."""
+def _carry_out(runs: Sequence[Run], source: Path | None, bar: Progress, stop: Stop) -> dict[int, Failure]:
+    """Do what is left of each run; by number, those with a chain that failed."""
     failures: dict[int, Failure] = {}
-    due = [made.due for made in runs]
+    walkers = [made.walkers for made in runs]
+    _refuse_diverged(runs, walkers)
     end = bar.done + bar.skipped + sum(made.request.inputs.num_rows for made in runs)
     for placement in {made.placement: None for made in runs}:
         numbers = [i for i, made in enumerate(runs) if made.placement == placement]
-        # the baseline also where all chains are done: it may be what was interrupted
         tasks: list[tuple[list[int], Baseline | Chains]] = [
-            ([i], Baseline(runs[i].plan, runs[i].store, source)) for i in numbers
+            ([i], Baseline(runs[i].plan, runs[i].store, runs[i].request.inputs.paths.checkpoint_every, source))
+            for i in numbers
+            if runs[i].needs_baseline
         ]
-        tasks += _chain_tasks(runs, numbers, due, placement)
-        outcomes = _followed(do(record, [task for _, task in tasks], placement), bar)
+        tasks += _chain_tasks(runs, numbers, walkers, placement)
+        outcomes = _followed(do(record, [task for _, task in tasks], placement), runs, bar, stop)
         for (members, task), outcome in zip(tasks, outcomes, strict=True):
             failures |= _failures_of(runs, members, task, outcome)
     bar.skip(end - bar.done - bar.skipped)
     for i, made in enumerate(runs):
-        _tell_of_diverged(made, due[i])
+        _tell_of_diverged(made, [chain for walker in walkers[i] for chain in walker])
         if i not in failures:
             made.store.finish()
     return failures
 
 
-def _followed(steps: Generator[str, None, list[Any]], bar: Progress) -> list[Any]:
-    """What the steps return, after all of them were counted; closed at once when interrupted, so that rows are written."""
+def _followed(steps: Generator[Step, None, list[Any]], runs: Sequence[Run], bar: Progress, stop: Stop) -> list[Any]:
+    """What the tasks return, after all of their steps were counted; closed at once when interrupted, so that they commit."""
     with closing(steps):
         while True:
             try:
-                bar.update(next(steps))
+                step = next(steps)
             except StopIteration as ended:
                 outcomes: list[Any] = ended.value
                 return outcomes
+            bar.update(step.count, step.note)
+            if stop.signal is not None:
+                steps.close()
+                kept = all(made.store.folder is not None for made in runs)
+                stop.raise_if_asked(
+                    f"What was done is kept in {runs[0].store.path}; the same call goes on from there."
+                    if kept
+                    else "Nothing is kept: the run had no output_path."
+                )
 
 
 def _chain_tasks(
-    runs: Sequence[Run], numbers: Sequence[int], due: Sequence[list[int]], placement: Placement
+    runs: Sequence[Run], numbers: Sequence[int], walkers: Sequence[list[tuple[int, ...]]], placement: Placement
 ) -> list[tuple[list[int], Chains]]:
     """Who steps together: where modules are frozen, as many as share them, spread evenly over the workers."""
     workers = max(1, num_cores() // placement.threads) if placement.way == "processes" else 1
-    shared = [i for i in numbers if runs[i].plan.forward.prefix is not None]
+    shared = [i for i in numbers if runs[i].plan.forward.prefix is not None and walkers[i]]
     groups: list[tuple[list[int], list[list[tuple[int, ...]]]]] = []
     if len(shared) == 1:  # of one run, its chains
         (i,) = shared
-        walkers = placement.chains_per_walker(due[i])
-        groups += [([i], [walkers[worker::workers]]) for worker in range(min(workers, len(walkers)))]
+        groups += [([i], [walkers[i][worker::workers]]) for worker in range(min(workers, len(walkers[i])))]
     elif shared:  # each layer costs something else: dealt out in turn
         count = max(-(-len(shared) // RUNS_TOGETHER), min(workers, len(shared)))
-        groups += [
-            (shared[number::count], [placement.chains_per_walker(due[i]) for i in shared[number::count]])
-            for number in range(count)
-        ]
-    groups += [([i], [[walker]]) for i in numbers if i not in shared for walker in placement.chains_per_walker(due[i])]
+        groups += [(shared[number::count], [walkers[i] for i in shared[number::count]]) for number in range(count)]
+    groups += [([i], [[walker]]) for i in numbers if i not in shared for walker in walkers[i]]
     return [
         (
             members,
             Chains(
                 tuple(runs[i].plan for i in members),
                 tuple(runs[i].store for i in members),
-                tuple(map(tuple, walkers)),
+                tuple(map(tuple, of_each)),
                 stop_at_divergence=runs[members[0]].request.inputs.on_diverged == "raise",
+                checkpoint_every=runs[members[0]].request.inputs.paths.checkpoint_every,
             ),
         )
-        for members, walkers in groups
+        for members, of_each in groups
     ]  # fmt: skip
 
 
@@ -222,7 +254,7 @@ def _failures_of(runs: Sequence[Run], members: Sequence[int], task: Baseline | C
     if isinstance(task, Chains):
         for store, walkers in zip(task.stores, task.walkers, strict=True):
             for chain in (chain for chains in walkers for chain in chains):
-                if store.status()[chain] not in (COMPLETE, DIVERGED):
+                if store.status(chain) not in (COMPLETE, DIVERGED):
                     store.write("chain_status", FAILED, chain)
     return dict.fromkeys(members, reason)
 
@@ -234,12 +266,19 @@ def _failed(failure: Failure) -> ChainFailed:
     return error
 
 
-def _tell_of_diverged(made: Run, due: Sequence[int]) -> None:
-    status = made.store.status()
-    for chain in due:
-        if status[chain] == DIVERGED:
+def _tell_of_diverged(made: Run, chains: Sequence[int]) -> None:
+    for chain in chains:
+        if made.store.status(chain) == DIVERGED:
             at = made.store.diverged_at(chain)
             logger.warning("%s The other chains went on.", ChainDiverged(chain, at, made.plan.sampler.lr))
+
+
+def _refuse_diverged(runs: Sequence[Run], walkers: Sequence[list[tuple[int, ...]]]) -> None:
+    """With on_diverged="raise", of an unfinished run of which a chain has diverged in an earlier call."""
+    for made, left in zip(runs, walkers, strict=True):
+        for chain in made.finished.difference(*left):
+            if made.request.inputs.on_diverged == "raise" and made.store.status(chain) == DIVERGED:
+                raise ChainDiverged(chain, made.store.diverged_at(chain), made.plan.sampler.lr)
 
 
 def _raise_for_diverged(known: xr.DataTree) -> None:

@@ -52,6 +52,8 @@ def sample(
     reuse_prefix: bool = True,
     compile: bool = False,
     precision: str | None = None,
+    resume: bool = True,
+    checkpoint_every: float = 300.0,
     progress: bool = True,
 ) -> xr.DataTree:
     """Sample weights around a checkpoint and record per-token losses at every draw.
@@ -99,8 +101,9 @@ def sample(
         init_noise: standard deviation of noise added once to the moving weights before sampling.
         device: where to compute; None = the model's own, or a GPU where there is one.
         save_metrics: store norms and dot products of the parts of every update.
-        output_path: directory of the Zarr store; None = temporary, deleted when Python exits. The same call again returns
-            what is stored; chains of an unfinished run that are not complete are run from their start.
+        output_path: directory of the Zarr store; None = temporary, deleted when Python exits. The same call again goes on
+            where an interrupted one has stopped, and returns a finished run at once; with more chains or draws it adds them.
+            What going on needs is kept beside it, in `<output_path>.run`.
         loss_fn: (model, input_ids) -> per-token loss (batch, token - 1); default next-token cross-entropy.
         train_mode: sample with dropout and batch-norm updates on, from a hashed seed.
         on_diverged: "record" keeps the other chains and marks the diverged one; "raise" stops.
@@ -110,6 +113,8 @@ def sample(
         compile: losses through `torch.compile`, which takes about a minute first.
         precision: "bf16" runs the observables' forward passes in bfloat16; what that does to their losses at the checkpoint
             is stored in the metadata as `precision_error`.
+        resume: go on from the last commit; False starts chains that are not finished again.
+        checkpoint_every: seconds between commits, the most that is lost to a crash; 0 commits every chunk that is whole.
         progress: show bars, or log lines without a terminal.
 
     Returns:
@@ -119,6 +124,8 @@ def sample(
     Raises:
         DevinterpInputError: an argument cannot be used; before any chain starts and before any file is made.
         RunMismatchError: output_path holds a run with other inputs.
+        RunLocked: another process writes the run at output_path.
+        StorageError: the disk is full or fails; what was committed is kept.
         ChainDiverged: with on_diverged="raise", a loss is not finite.
         ChainFailed: a chain ended in an error of the model, the machine or the disk; the others are stored.
     """
@@ -133,7 +140,7 @@ def sample(
         rmsprop_alpha=rmsprop_alpha, shuffle=shuffle,
         match_sampling_input_ids_across_chains=match_sampling_input_ids_across_chains, init_noise=init_noise,
         save_metrics=save_metrics, train_mode=train_mode, chains_together=chains_together, reuse_prefix=reuse_prefix,
-        compile=compile, precision=precision,
+        compile=compile, precision=precision, resume=resume, checkpoint_every=checkpoint_every,
     )  # fmt: skip
     with Progress(request.inputs.num_rows, "sampling", progress) as bar:
         return run(request, bar)

@@ -260,7 +260,7 @@ def path_of_run(output_path: Any, name: str) -> Any:
 def _check_stored(requests: Mapping[str, Request]) -> None:
     """Refuse other runs at any of the paths before the first chain starts."""
     full = requests[FULL].stored()
-    lr = None if full is None else metadata_of(full)["step_size"]["lr"]
+    lr = None if full is None else full.metadata["step_size"]["lr"]
     for name, request in requests.items():
         if name == FULL or request.path is None or not request.path.exists():
             continue

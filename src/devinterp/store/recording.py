@@ -1,18 +1,24 @@
 """The tasks of a run: its baseline, and its chains. Each writes its own regions of the store, here or in a worker process."""
 
+import errno
 import traceback
 from collections.abc import Generator, Sequence
 from concurrent.futures import Executor
-from contextlib import ExitStack
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from devinterp.engine.baseline import baseline_losses, init_loss, init_loss_of
-from devinterp.engine.chain import Plan, Snapshot, run_chains
+from devinterp.engine.chain import Plan, Snapshot, Walk, run_chains
+from devinterp.engine.placement import Step
 from devinterp.engine.prefix import Recorder
-from devinterp.errors import ChainDiverged
+from devinterp.errors import ChainDiverged, StorageError
+from devinterp.store.commits import BaselineCommits, ChainCommits
 from devinterp.store.schema import COMPLETE, DIVERGED, FAILED, RUNNING
 from devinterp.store.writer import Rows, StoreWriter, background
+
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG}
+"""Errors that every other chain would meet too"""
 
 
 @dataclass(frozen=True)
@@ -37,6 +43,7 @@ class Baseline:
 
     plan: Plan
     store: StoreWriter
+    checkpoint_every: float
     source: Path | None = None
     """the store of a run that differs in its masks alone: its baseline is this one's too"""
 
@@ -51,14 +58,21 @@ class Chains:
     walkers: tuple[tuple[tuple[int, ...], ...], ...]
     """for each run, the chains of each walker"""
     stop_at_divergence: bool
+    checkpoint_every: float
 
     @property
     def count(self) -> int:
         return sum(len(chains) for walkers in self.walkers for chains in walkers)
 
 
-def record(task: Baseline | Chains) -> Generator[str, None, Failures]:
-    """Do one task; yields a note for every row of a baseline and for every step of a chain."""
+def record(task: Baseline | Chains) -> Generator[Step, None, Failures]:
+    """Do one task, or what is left of it; yields once for every row of a baseline, and for every step of chains.
+
+    Closed between two of them, it commits what there is.
+
+    Raises:
+        StorageError: the disk does not take what is to be written.
+    """
     checkpoint = (task.plan if isinstance(task, Baseline) else task.plans[0]).checkpoint
     with checkpoint.ready(), background() as thread:
         if isinstance(task, Chains):
@@ -66,51 +80,69 @@ def record(task: Baseline | Chains) -> Generator[str, None, Failures]:
         try:
             yield from _record_baseline(task, thread)
         except Exception as error:  # the baseline of one run; the other runs go on
+            _stop_if_of_the_disk(error, task.store.path)
             return {0: Failure.of(error)}
         return {}
 
 
-def _record_baseline(task: Baseline, thread: Executor) -> Generator[str, None, None]:
+def _stop_if_of_the_disk(error: Exception, path: Path) -> None:
+    if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+        raise StorageError(
+            error.errno,
+            f"{error.strerror}. What was committed before is kept: the same call goes on from there once there is space",
+            str(error.filename or path),
+        ) from error
+
+
+def _record_baseline(task: Baseline, thread: Executor) -> Generator[Step, None, None]:
     plan, store, settings = task.plan, task.store, task.plan.settings
     names = [f"init_loss_{observable.name}" for observable in plan.observables]
-    if task.source is not None:
-        store.copy(["init_loss", "baseline_loss", *names], task.source)
-        return
-    for name, observable in zip(names, plan.observables, strict=True):
-        store.write(name, init_loss_of(plan, observable).cpu())
-    shared = settings.match_sampling_input_ids_across_chains
-    for stream in [0] if shared else range(settings.num_chains):
-        mean = init_loss(plan, stream).cpu()
-        for chain in range(settings.num_chains) if shared else [stream]:
-            store.write("init_loss", mean, chain)
-        with store.rows(None if shared else stream, thread) as rows:
-            for losses in baseline_losses(plan, stream):
+    with BaselineCommits(store, ["init_loss", *names], task.checkpoint_every) as commits:
+        if task.source is not None:
+            store.copy(["init_loss", "baseline_loss", *names], task.source)
+            commits.finish(store.files(["baseline_loss"]))
+            return
+        for name, observable in zip(names, plan.observables, strict=True):
+            store.write(name, init_loss_of(plan, observable).cpu())
+        shared = settings.match_sampling_input_ids_across_chains
+        for stream in [0] if shared else range(settings.num_chains):
+            mean = init_loss(plan, stream).cpu()
+            for chain in range(settings.num_chains) if shared else [stream]:
+                store.write("init_loss", mean, chain)
+            rows = commits.begin(Rows(store, None if shared else stream, thread), stream)
+            for losses in baseline_losses(plan, stream, start=commits.draws(stream)):
                 rows.append("baseline_loss", losses)
-                yield ""
+                commits.commit_if_due()
+                yield Step()
+            rows.flush()
+        commits.finish()
 
 
-def _record_chains(task: Chains, thread: Executor) -> Generator[str, None, Failures]:
+def _record_chains(task: Chains, thread: Executor) -> Generator[Step, None, Failures]:
     recorder, failures = recorder_for(task.plans, task.count), Failures()
     walks = {
-        (i, chains): _record_walker(plan, store, chains, recorder, thread, task.stop_at_divergence)
+        (i, chains): _Recording(task, plan, store, chains, Walk(plan, chains, recorder), thread)
         for i, (plan, store, walkers) in enumerate(zip(task.plans, task.stores, task.walkers, strict=True))
         for chains in walkers
     }
+    going = {key: walk.steps() for key, walk in walks.items()}
     try:
-        while walks:  # in turn, a step each
-            for (i, chains), walk in list(walks.items()):
+        while going:  # those that are behind first, so that passes are shared; then in turn, a step each
+            behind = min(walks[key].steps_taken for key in going)
+            for key in [key for key in going if walks[key].steps_taken == behind]:
                 try:
-                    yield next(walk)
+                    yield next(going[key])
                 except StopIteration:
-                    del walks[i, chains]
+                    del going[key]
+                except ChainDiverged:
+                    raise
                 except Exception as error:
-                    if isinstance(error, ChainDiverged):
-                        raise
-                    failures[i] = Failure.of(error)
-                    del walks[i, chains]
+                    del going[key]
+                    _stop_if_of_the_disk(error, walks[key].store.path)
+                    failures[key[0]] = Failure.of(error)
     finally:
-        for walk in walks.values():
-            walk.close()
+        for steps in going.values():
+            steps.close()
     return failures
 
 
@@ -123,38 +155,56 @@ def recorder_for(plans: Sequence[Plan], count: int) -> Recorder | None:
     return Recorder(plans[0].checkpoint, prefixes, streams * plans[0].settings.gradient_accumulation_steps)
 
 
-def _record_walker(
-    plan: Plan,
-    store: StoreWriter,
-    chains: tuple[int, ...],
-    recorder: Recorder | None,
-    thread: Executor,
-    stop_at_divergence: bool,
-) -> Generator[str, None, None]:
-    """The rows of some chains, and what became of each of them."""
-    alive = set(chains)
-    for chain in chains:
-        store.write("chain_status", RUNNING, chain)
-    try:
-        with ExitStack() as stack:
-            rows = {chain: stack.enter_context(store.rows(chain, thread)) for chain in chains}
-            for seen in run_chains(plan, chains, recorder):
-                if isinstance(seen, Snapshot):
-                    yield _append(rows[seen.chain], seen, plan.settings.num_steps)
-                else:
-                    alive.discard(seen.chain)
-                    store.write("diverged_at", seen.steps_taken, seen.chain)
-                    store.write("chain_status", DIVERGED, seen.chain)
-                    if stop_at_divergence:
-                        raise ChainDiverged(seen.chain, seen.steps_taken, plan.sampler.lr)
-    except ChainDiverged:
-        raise
-    except Exception:
-        for chain in alive:
-            store.write("chain_status", FAILED, chain)
-        raise
-    for chain in alive:
-        store.write("chain_status", COMPLETE, chain)
+@dataclass
+class _Recording:
+    """A walk, its rows, and what became of each of its chains."""
+
+    task: Chains
+    plan: Plan
+    store: StoreWriter
+    chains: tuple[int, ...]
+    walk: Walk
+    thread: Executor
+
+    @property
+    def steps_taken(self) -> int:
+        return self.walk.steps_taken
+
+    def steps(self) -> Generator[Step, None, None]:
+        alive, settings = set(self.chains), self.plan.settings
+        try:
+            with ChainCommits(self.store, self.walk, self.task.checkpoint_every) as commits:
+                rows = commits.begin({chain: Rows(self.store, chain, self.thread) for chain in self.chains})
+                self._say(RUNNING, self.chains)
+                for all_seen in run_chains(self.walk):
+                    notes = []
+                    for seen in all_seen:
+                        if isinstance(seen, Snapshot):
+                            notes.append(_append(rows[seen.chain], seen, settings.num_steps))
+                        else:
+                            alive.discard(seen.chain)
+                            self.store.write("diverged_at", seen.steps_taken, seen.chain)
+                            self._say(DIVERGED, [seen.chain])
+                            if self.task.stop_at_divergence:
+                                raise ChainDiverged(seen.chain, seen.steps_taken, self.plan.sampler.lr)
+                    commits.commit_if_due()
+                    yield Step(len(notes), notes[-1] if notes else "")
+                for gathered in rows.values():
+                    gathered.flush()
+                commits.settle()
+                self._say(COMPLETE, sorted(self.walk.watch.alive))
+                commits.finish()
+        except ChainDiverged:
+            raise
+        except Exception:
+            with suppress(OSError):  # the first error is the one to be told of
+                self._say(FAILED, sorted(alive))
+            raise
+
+    def _say(self, status: int, chains: Sequence[int]) -> None:
+        for chain in chains:
+            if self.store.status(chain) != status:
+                self.store.write("chain_status", status, chain)
 
 
 def _append(rows: Rows, seen: Snapshot, num_steps: int) -> str:

@@ -2,9 +2,12 @@
 
 import atexit
 import json
+import logging
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +21,15 @@ from devinterp.engine.metrics import METRICS
 from devinterp.engine.settings import Settings
 from devinterp.engine.tokens import Observable
 from devinterp.errors import InputValueError, RunMismatchError, StoreError, got
+from devinterp.store.durable import sync_tree
+from devinterp.store.folder import RunFolder
 from devinterp.store.identity import differences, versions
+from devinterp.store.lock import only_writer
 from devinterp.store.reader import metadata_of, open_store
-from devinterp.store.schema import Variable, variables
-from devinterp.store.writer import StoreWriter
+from devinterp.store.schema import RUNNING, Variable, variables
+from devinterp.store.writer import StoreWriter, mark_completed
+
+logger = logging.getLogger("devinterp")
 
 
 def plain(value: dict[str, Any]) -> dict[str, Any]:
@@ -50,21 +58,60 @@ def metadata_for(
     }
 
 
-def stored_run(path: Path | None, fingerprint: dict[str, Any]) -> xr.DataTree | None:
+MORE = ("num_chains", "num_draws")
+"""Settings of which a larger value extends a stored run"""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A run that lies at the path asked for, and is the one asked for or the beginning of it."""
+
+    metadata: dict[str, Any]
+    completed: bool
+    """nothing is left to do, and nothing is damaged"""
+
+
+def stored_run(path: Path | None, fingerprint: dict[str, Any]) -> Stored | None:
     """The run at `path` when it is the one asked for; refuses any other thing that is there."""
-    if path is None or not path.exists():
+    if path is None:
         return None
-    try:
-        known = open_store(path)
-        stored = metadata_of(known).get("identity")
-    except StoreError as error:
-        fix = "Nothing was changed. Choose another output_path."
-        raise InputValueError(got("output_path", str(path), "new, or a run of devinterp", fix)) from error
+    folder = RunFolder(path)
+    record = folder.record()
+    if record is None and not path.exists():
+        folder.check_ours()
+        return None
+    attributes = _attributes(path, record)
+    metadata = attributes["metadata"] if record is None else record["metadata"]
+    stored = metadata.get("identity")
     if not isinstance(stored, dict):
         raise RunMismatchError(str(path), ["identity: this store has none (devinterp 2.0 wrote none)"])
-    if lines := differences(stored, fingerprint):
-        raise RunMismatchError(str(path), lines)
-    return known
+    lines = differences(stored, fingerprint)
+    if not lines:
+        return Stored(metadata, attributes.get("completed") == 1 and not folder.damage(stored["num_chains"]))
+    if _is_more(stored, fingerprint):
+        return Stored(metadata, completed=False)
+    if set(MORE) >= {name for name in fingerprint if fingerprint[name] != stored.get(name)}:
+        lines.append("a stored run is not shortened: open it and take a part with .isel(chain=..., draw=...)")
+    raise RunMismatchError(str(path), lines)
+
+
+def _attributes(path: Path, record: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Of the store's root; those of a damaged or missing one are empty where the run's own record is there."""
+    try:
+        known = open_store(path)
+        metadata_of(known)
+        return dict(known.attrs)
+    except StoreError as error:
+        if record is not None:
+            return {}
+        fix = "Nothing was changed. Choose another output_path."
+        raise InputValueError(got("output_path", str(path), "new, or a run of devinterp", fix)) from error
+
+
+def _is_more(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> bool:
+    """Whether the run asked for begins with the one that is stored."""
+    different = {name for name in {**stored, **asked} if stored.get(name) != asked.get(name)}
+    return different <= set(MORE) and all(stored[name] <= asked[name] for name in MORE)
 
 
 def layout(settings: Settings, length: int, observables: Sequence[Observable]) -> tuple[dict[str, Variable], dict[str, int]]:
@@ -97,18 +144,87 @@ def unsampled(settings: Settings, length: int, observables: Sequence[Observable]
     return xr.Dataset(arrays, attrs={"metadata": {"config": {"sampler": {}, "observables": listed}}})
 
 
-def open_writer(path: Path | None, plan: Plan, metadata: dict[str, Any], known: xr.DataTree | None) -> StoreWriter:
-    described, sizes = layout(plan.settings, plan.batches.tokens.length, plan.observables)
-    if known is not None and path is not None:
-        return StoreWriter(path, described)
+@contextmanager
+def only_writer_of(path: Path | None) -> Iterator[RunFolder | None]:
+    """The folder beside a store, held against other processes; None for a temporary run.
+
+    Raises:
+        RunLocked: another process that is alive holds it.
+    """
     if path is None:
-        folder = tempfile.mkdtemp(prefix="devinterp-")
-        atexit.register(shutil.rmtree, folder, ignore_errors=True)
-        path = Path(folder) / "run"
-    store = StoreWriter.create(path, described, sizes, metadata)
+        yield None
+        return
+    folder = RunFolder(path)
+    folder.path.mkdir(parents=True, exist_ok=True)
+    try:
+        with only_writer(folder.path):
+            yield folder
+    finally:
+        folder.remove_if_empty()
+
+
+def open_writer(
+    folder: RunFolder | None, plan: Plan, metadata: dict[str, Any], known: Stored | None, resume: bool = True
+) -> StoreWriter:
+    """The store of a run, made, or put in order where an earlier call left it. The caller is its only writer."""
+    described, sizes = layout(plan.settings, plan.batches.tokens.length, plan.observables)
+    if folder is None:
+        made = Path(tempfile.mkdtemp(prefix="devinterp-"))
+        atexit.register(shutil.rmtree, made, ignore_errors=True)
+        store = StoreWriter(made / "run", described)
+        lay_out(store, plan, sizes, metadata)
+        return store
+    store = StoreWriter(folder.store, described, folder)
+    folder.clear_litter()
+    metadata = plain(metadata if known is None else known.metadata | {key: metadata[key] for key in ("config", "identity")})
+    record = folder.record()
+    if known is not None:
+        _put_in_order(folder, known, metadata, resume)
+    if record is None or record["metadata"] != metadata or folder.damaged_layout():
+        folder.write({"metadata": metadata, "digests": None})
+        made_store = StoreWriter(folder.making, described)
+        lay_out(made_store, plan, sizes, metadata)
+        sync_tree(folder.making)
+        constants = made_store.digests(made_store.constants())
+        folder.put_in_place()
+        folder.write({"metadata": metadata, "digests": constants})
+    for chain in set(range(plan.settings.num_chains)) - folder.finished_chains():
+        if store.status(chain) != RUNNING:  # a reader is not to take it for finished
+            store.write("chain_status", RUNNING, chain)
+    return store
+
+
+def lay_out(store: StoreWriter, plan: Plan, sizes: Mapping[str, int], metadata: Mapping[str, Any]) -> None:
+    """The whole hierarchy of a run, and what is known before it starts."""
+    store.create(sizes, metadata)
     for name, start in (("chain", 0), ("draw", 0), ("step", 1), ("token_pos", 0)):
         store.write(name, range(start, start + sizes[name]))
     store.write("n_beta", plan.settings.n_beta)
     for observable in plan.observables:
         store.write(f"input_ids_{observable.name}", observable.ids)
-    return store
+
+
+def _put_in_order(folder: RunFolder, known: Stored, metadata: Mapping[str, Any], resume: bool) -> None:
+    """Forget what is damaged; open again what is to become longer."""
+    if (folder.store / "zarr.json").exists() and not known.completed:
+        with suppress(OSError, ValueError, KeyError):  # damaged: it is laid out again
+            mark_completed(folder.store, 0)
+    longer = metadata["identity"]["num_draws"] != known.metadata["identity"]["num_draws"]
+    for name, part in folder.parts().items():
+        progress = part.progress()
+        if progress is None:
+            continue
+        damaged = part.damaged(progress)
+        if damaged:
+            logger.warning("%s: %s damaged or missing; %s is computed again", folder.store, ", ".join(damaged), name)
+        lost = not progress.finished and progress.state is not None and part.state(progress) is None
+        if lost:
+            logger.warning("%s: the state of %s is damaged; it is computed again", folder.store, name)
+        if damaged or lost or (not resume and not progress.finished) or (name == "baseline" and _is_larger(known, metadata)):
+            part.forget()
+        elif longer and name != "baseline":
+            part.reopen(progress, known.metadata["identity"])
+
+
+def _is_larger(known: Stored, metadata: Mapping[str, Any]) -> bool:
+    return any(metadata["identity"][name] != known.metadata["identity"][name] for name in MORE)

@@ -1,14 +1,14 @@
 """Writing a run: made in one piece, then whole chunks, each written once by the chain that owns it."""
 
 import errno
+import json
 import os
 import re
 import shutil
 import tempfile
 from collections import defaultdict, deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from torch import Tensor
 from zarr.codecs import ZstdCodec
 
 from devinterp.errors import InputValueError, got
+from devinterp.store.durable import digest_of, sync_tree, write_durably
+from devinterp.store.folder import Digests, RunFolder
 from devinterp.store.schema import Variable, chunks
 
 
@@ -58,69 +60,83 @@ def background() -> Executor:
 class StoreWriter:
     """A run's store while it is written. Every chain writes its own chunks only."""
 
-    def __init__(self, path: Path, variables: Mapping[str, Variable]):
-        self.path, self.variables = path, variables
+    def __init__(self, path: Path, variables: Mapping[str, Variable], folder: RunFolder | None = None):
+        self.path, self.variables, self.folder = path, variables, folder
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return StoreWriter, (self.path, self.variables)
+        return StoreWriter, (self.path, self.variables, self.folder)
 
     @cached_property
     def _root(self) -> zarr.Group:
         return zarr.open_group(self.path, mode="r+")
 
-    @classmethod
-    def create(
-        cls, path: Path, variables: Mapping[str, Variable], sizes: Mapping[str, int], metadata: Mapping[str, Any]
-    ) -> "StoreWriter":
-        """Make the whole hierarchy beside `path` and rename it there, so that a store is never half made."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        made = Path(tempfile.mkdtemp(prefix=f".{path.name[:64]}.", dir=path.parent))
-        try:
-            root = zarr.create_group(made, zarr_format=3, attributes={"metadata": metadata, "completed": 0})
-            for name, variable in variables.items():
-                create_array(root, name, variable, sizes)
-            move_into_place(made, path)
-        except BaseException:
-            shutil.rmtree(made, ignore_errors=True)
-            raise
-        return cls(path, variables)
+    def create(self, sizes: Mapping[str, int], metadata: Mapping[str, Any]) -> None:
+        """The whole hierarchy, empty."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        root = zarr.create_group(self.path, zarr_format=3, attributes={"metadata": metadata, "completed": 0})
+        for name, variable in self.variables.items():
+            create_array(root, name, variable, sizes)
+
+    def constants(self) -> list[Path]:
+        """The files that do not change while the run goes on."""
+        return sorted(file for file in self.path.rglob("*") if file.is_file() and file != self.path / "zarr.json")
 
     def write(self, name: str, value: Any, *region: int | slice) -> None:
-        self._array(name)[region or ...] = np.asarray(value)
-
-    @contextmanager
-    def rows(self, chain: int | None, thread: Executor) -> Iterator["Rows"]:
-        """Gathers the rows of one chain (None: of all chains at once); the tail is written also when the chain breaks off."""
-        gathered = Rows(self, chain, thread)
-        try:
-            yield gathered
-        finally:
-            gathered.flush()
+        self.array(name)[region or ...] = np.asarray(value)
 
     def copy(self, names: Iterable[str], source: Path) -> None:
         """Take these arrays from another store of the same layout."""
         other = zarr.open_group(source, mode="r")
         for name in names:
-            mine, theirs = self._array(name), other[name]
+            mine, theirs = self.array(name), other[name]
             assert isinstance(theirs, zarr.Array)
             step = mine.chunks[0] if mine.shape else 1
             for start in range(0, mine.shape[0], step):
                 mine[start : start + step] = theirs[start : start + step]
 
-    def finish(self) -> None:
-        """The last write of a run."""
-        self._root.attrs["completed"] = 1
+    def files(self, names: Iterable[str], chain: int | None = None) -> list[Path]:
+        """The chunks of these variables that are on the disk; of one chain, where a chain is given."""
+        found = []
+        for name in names:
+            folder = self.path / name / "c"
+            folder = folder if chain is None else folder / str(chain)
+            found += [folder] if folder.is_file() else [file for file in folder.rglob("*") if file.is_file()]
+        return sorted(found)
 
-    def status(self) -> list[int]:
-        return [int(status) for status in np.asarray(self._array("chain_status")[...])]
+    def digests(self, files: Iterable[Path]) -> Digests:
+        return {file.relative_to(self.path).as_posix(): digest_of(file) for file in files}
+
+    def finish(self) -> None:
+        """The last write of a run, after all others are on the disk."""
+        if self.folder is None:
+            self._root.attrs["completed"] = 1
+        else:
+            sync_tree(self.path)
+            mark_completed(self.path, 1)
+
+    def status(self, chain: int) -> int | None:
+        """None where it cannot be read."""
+        try:
+            return int(np.asarray(self.array("chain_status")[chain]))
+        except (OSError, ValueError, RuntimeError):  # a damaged file, which will be written again
+            return None
 
     def diverged_at(self, chain: int) -> int:
-        return int(np.asarray(self._array("diverged_at")[chain]))
+        return int(np.asarray(self.array("diverged_at")[chain]))
 
-    def _array(self, name: str) -> zarr.Array[Any]:
+    def array(self, name: str) -> zarr.Array[Any]:
         array = self._root[name]
         assert isinstance(array, zarr.Array)
         return array
+
+
+def mark_completed(path: Path, completed: int) -> None:
+    """Set the flag in the root's attributes so that a power failure cannot leave half of them."""
+    root = json.loads((path / "zarr.json").read_bytes())
+    if root["attributes"]["completed"] == completed:
+        return
+    root["attributes"]["completed"] = completed
+    write_durably(path / "zarr.json", json.dumps(root, indent=2).encode())
 
 
 class Rows:
@@ -135,39 +151,69 @@ class Rows:
         self._count: dict[str, int] = defaultdict(int)
         self._written: dict[str, int] = defaultdict(int)
         self._arrays: dict[str, zarr.Array[Any]] = {}
-        self._writing: deque[Future[None]] = deque()
+        self._writing: deque[Future[Path]] = deque()
+        self._done: list[Path] = []
 
     def append(self, name: str, row: Tensor) -> None:
         """One row; on a GPU it is not waited for."""
         if name not in self._held:
-            array = self._arrays.setdefault(name, self._store._array(name))
-            along = int("chain" in self._store.variables[name].dims)
-            length = min(array.chunks[along], array.shape[along] - self._written[name])
-            self._held[name] = row.new_empty(length, *row.shape)
+            self._held[name] = row.new_empty(self._chunk(name), *row.shape)
         self._held[name][self._count[name]] = row
         self._count[name] += 1
         if self._count[name] == len(self._held[name]):
             self._write(name)
 
     def flush(self) -> None:
-        """Write what is held, and wait until everything is written."""
+        """Write what is held."""
         for name in list(self._held):
             self._write(name)
+
+    def written(self) -> list[Path]:
+        """Wait for what is being written; the chunks that are on their way to the disk since the last call."""
         while self._writing:
-            self._writing.popleft().result()
+            self._done.append(self._writing.popleft().result())
+        done, self._done = self._done, []
+        return done
+
+    @property
+    def has_written(self) -> bool:
+        """Whether a chunk has become whole since the last call of `written`."""
+        return bool(self._writing or self._done)
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, int]]:
+        """Copies of the rows that are held, and how many of each variable are in whole chunks."""
+        held = {name: rows[: self._count[name]].clone() for name, rows in self._held.items()}
+        return held, dict(self._written)
+
+    def restore(self, held: Mapping[str, Tensor], written: Mapping[str, int]) -> None:
+        """Of a new one; the rows held are on the device of those to come."""
+        self._written.update(written)
+        for name, rows in held.items():
+            for row in rows:
+                self.append(name, row)
+
+    def _chunk(self, name: str) -> int:
+        """Rows of the chunk that begins."""
+        array = self._arrays.setdefault(name, self._store.array(name))
+        along = int(self._chain is not None and "chain" in self._store.variables[name].dims)
+        return int(min(array.chunks[along], array.shape[along] - self._written[name]))
 
     def _write(self, name: str) -> None:
         start, held = self._written[name], self._held.pop(name)[: self._count.pop(name)]
         rows = slice(start, start + len(held))
         chain = () if self._chain is None else (self._chain,)
+        array = self._arrays[name]
         while len(self._writing) >= CHUNKS_WAITING:
-            self._writing.popleft().result()
-        self._writing.append(self._thread.submit(_write_chunk, self._arrays[name], (*chain, rows), held))
+            self._done.append(self._writing.popleft().result())
+        place = (*chain, start // array.chunks[len(chain)])
+        path = self._store.path.joinpath(name, "c", *map(str, place), *("0" for _ in range(array.ndim - len(place))))
+        self._writing.append(self._thread.submit(_write_chunk, array, (*chain, rows), held, path))
         self._written[name] = rows.stop
 
 
-def _write_chunk(array: "zarr.Array[Any]", region: tuple[int | slice, ...], rows: Tensor) -> None:
+def _write_chunk(array: "zarr.Array[Any]", region: tuple[int | slice, ...], rows: Tensor, path: Path) -> Path:
     array[region] = rows.cpu().numpy()
+    return path
 
 
 def create_array(root: zarr.Group, name: str, variable: Variable, sizes: Mapping[str, int]) -> None:

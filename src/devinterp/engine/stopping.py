@@ -1,0 +1,68 @@
+"""Ctrl-C and SIGTERM end a run between two steps, so that what was done can be kept."""
+
+import logging
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+
+logger = logging.getLogger("devinterp")
+
+SECONDS_TO_STOP = 30.0
+"""What workers have, to end their step and commit"""
+
+
+@dataclass
+class Stop:
+    """Asked for by a signal; looked at between steps."""
+
+    signal: int | None = None
+
+    def raise_if_asked(self, kept: str) -> None:
+        """As the signal would have ended the process, after a word on what is kept."""
+        if self.signal is None:
+            return
+        logger.warning("stopped by %s. %s", signal.Signals(self.signal).name, kept)
+        if self.signal == signal.SIGINT:
+            raise KeyboardInterrupt(kept)
+        raise SystemExit(128 + self.signal)
+
+
+@contextmanager
+def stop_signals() -> Iterator[Stop]:
+    """Catches SIGINT and SIGTERM for the length of the block; a second SIGINT is not waited for.
+
+    Outside of the main thread nothing is caught: signals do not arrive there.
+    """
+    stop = Stop()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def asked(number: int, frame: FrameType | None) -> None:
+        if stop.signal is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        stop.signal = number
+
+    before = {number: signal.signal(number, asked) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def no_signals() -> Iterator[None]:
+    """In a worker: its parent tells it when to stop, and a signal to the whole group is not for it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
