@@ -200,7 +200,7 @@ class RunFolder:
 
     def damage(self, num_chains: int) -> list[str]:
         """Files of a finished store that are not what was written; empty for one that has come without its folder."""
-        if self.record() is None:
+        if not self.path.exists():
             return []
         found = self.damaged_layout()
         for name, part in self.parts().items():

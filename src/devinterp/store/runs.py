@@ -20,12 +20,11 @@ from devinterp.engine.chain import Plan
 from devinterp.engine.metrics import METRICS
 from devinterp.engine.settings import Settings
 from devinterp.engine.tokens import Observable
-from devinterp.errors import InputValueError, RunMismatchError, StoreError, got
+from devinterp.errors import InputValueError, RunMismatchError, got
 from devinterp.store.durable import sync_tree
 from devinterp.store.folder import RunFolder
 from devinterp.store.identity import differences, versions
 from devinterp.store.lock import only_writer
-from devinterp.store.reader import metadata_of, open_store
 from devinterp.store.schema import RUNNING, Variable, variables
 from devinterp.store.writer import StoreWriter, mark_completed
 
@@ -88,30 +87,26 @@ def stored_run(path: Path | None, fingerprint: dict[str, Any]) -> Stored | None:
     lines = differences(stored, fingerprint)
     if not lines:
         return Stored(metadata, attributes.get("completed") == 1 and not folder.damage(stored["num_chains"]))
-    if _is_more(stored, fingerprint):
-        return Stored(metadata, completed=False)
-    if set(MORE) >= {name for name in fingerprint if fingerprint[name] != stored.get(name)}:
-        lines.append("a stored run is not shortened: open it and take a part with .isel(chain=..., draw=...)")
+    different = {name for name in {**stored, **fingerprint} if stored.get(name) != fingerprint.get(name)}
+    if different <= set(MORE):
+        if all(stored[name] <= fingerprint[name] for name in MORE):
+            return Stored(metadata, completed=False)
+        lines[-1] += ". A stored run is not shortened: open it and take a part with .isel(chain=..., draw=...)"
     raise RunMismatchError(str(path), lines)
 
 
 def _attributes(path: Path, record: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Of the store's root; those of a damaged or missing one are empty where the run's own record is there."""
+    """Of the store's root alone: any other file may be damaged, which the same call mends."""
     try:
-        known = open_store(path)
-        metadata_of(known)
-        return dict(known.attrs)
-    except StoreError as error:
-        if record is not None:
-            return {}
-        fix = "Nothing was changed. Choose another output_path."
-        raise InputValueError(got("output_path", str(path), "new, or a run of devinterp", fix)) from error
-
-
-def _is_more(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> bool:
-    """Whether the run asked for begins with the one that is stored."""
-    different = {name for name in {**stored, **asked} if stored.get(name) != asked.get(name)}
-    return different <= set(MORE) and all(stored[name] <= asked[name] for name in MORE)
+        attributes = json.loads((path / "zarr.json").read_bytes())["attributes"]
+        if isinstance(attributes["metadata"]["config"], dict):
+            return dict(attributes)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        pass
+    if record is not None:
+        return {}
+    fix = "Nothing was changed. Choose another output_path."
+    raise InputValueError(got("output_path", str(path), "new, or a run of devinterp", fix))
 
 
 def layout(settings: Settings, length: int, observables: Sequence[Observable]) -> tuple[dict[str, Variable], dict[str, int]]:
