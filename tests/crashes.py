@@ -44,7 +44,8 @@ class Worlds:
     def run(self, path: Path, **how: Any) -> tuple[int, int]:
         """`how`: kill_at (number of the operation before which it is killed), torn, log (of a power failure), seconds,
         settings of sample()."""
-        assert self._process.stdin is not None and self._process.stdout is not None
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
         self._process.stdin.write(json.dumps({"path": str(path), **how}, default=str) + "\n")
         self._process.stdin.flush()
         code, count = json.loads(self._process.stdout.readline())

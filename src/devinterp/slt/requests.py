@@ -3,6 +3,7 @@
 import time
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,13 +15,17 @@ from torch import Tensor, nn
 
 from devinterp.engine.batches import Batches
 from devinterp.engine.checkpoint import Checkpoint, check_device, check_loss, check_model
+from devinterp.engine.placement import num_cores
 from devinterp.engine.selection import check_masks
 from devinterp.engine.settings import Paths, Settings, choice, settings_and_paths
 from devinterp.engine.tokens import Observable, Tokens, check_observables, check_tokens, warn_about_padding
 from devinterp.errors import InputTypeError, got
+from devinterp.store.durable import told_of_the_disk
+from devinterp.store.folder import FINAL_STATE_BYTES
 from devinterp.store.identity import identity
 from devinterp.store.runs import Stored, layout, plain, stored_run
-from devinterp.store.writer import check_output_path, check_space
+from devinterp.store.schema import Variable
+from devinterp.store.writer import check_output_path, check_space, stored_bytes
 
 LONG_RUN = 600.0
 """Seconds beyond which a run without output_path is warned about"""
@@ -94,8 +99,9 @@ class Request:
     def of(cls, inputs: Inputs, param_masks: Any, output_path: Any) -> "Request":
         path = check_output_path(output_path)
         masks = check_masks(inputs.model, param_masks)
-        check_space(path, *layout(inputs.settings, inputs.batches.tokens.length, inputs.observables))
-        return cls(inputs, masks, path)
+        request = cls(inputs, masks, path)
+        check_space(path, *request.layout(), extra=state_bytes(inputs, masks))
+        return request
 
     @cached_property
     def fingerprint(self) -> dict[str, Any]:
@@ -111,9 +117,26 @@ class Request:
             )
         )
 
+    def told_of_the_disk(self) -> AbstractContextManager[None]:
+        """Errors of the disk, with what this run still needs."""
+        if self.path is None:
+            return nullcontext()
+        return told_of_the_disk(self.path, stored_bytes(*self.layout()))
+
+    def layout(self) -> tuple[dict[str, Variable], dict[str, int]]:
+        return layout(self.inputs.settings, self.inputs.batches.tokens.length, self.inputs.observables)
+
     def stored(self) -> Stored | None:
         """The run at the path if it is this one; refuses any other thing that is there."""
         return stored_run(self.path, self.fingerprint)
+
+
+def state_bytes(inputs: Inputs, masks: Mapping[str, Tensor | None]) -> int:
+    """Of what lies beside a store, at most: two states of each chain on its way, and the small ones of those that ended."""
+    parameters = inputs.checkpoint.parameters
+    moving = sum(parameters[name].numel() if mask is None else int(mask.sum()) for name, mask in masks.items())
+    each, chains = 2 * 4 * moving, inputs.settings.num_chains
+    return 2 * each * min(chains, num_cores()) + min(each, FINAL_STATE_BYTES) * chains
 
 
 def request_of(

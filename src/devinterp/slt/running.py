@@ -78,7 +78,7 @@ def run_to_store(request: Request, bar: Progress) -> Path:
     if _is_complete(request, bar):
         assert request.path is not None
         return request.path
-    with ExitStack() as held, stop_signals() as stop:
+    with ExitStack() as held, stop_signals() as stop, request.told_of_the_disk():
         made = prepare(request, {}, held, first=True)
         if failures := _carry_out([made], None, bar, stop):
             raise _failed(failures[0])
@@ -91,6 +91,7 @@ def run_suite(requests: Mapping[str, Request], source: Path, bar: Progress) -> t
     failed: dict[str, str] = {}
     prepared: dict[str, Run] = {}
     forwards: Forwards = {}
+    failures: dict[int, Failure] = {}
     with ExitStack() as held, stop_signals() as stop:
         for name, request in requests.items():
             try:
@@ -101,7 +102,9 @@ def run_suite(requests: Mapping[str, Request], source: Path, bar: Progress) -> t
                     prepared[name] = prepare(request, forwards, held, first=False, num_runs=len(requests))
             except Exception as error:  # whatever it is, the other restrictions are not lost
                 failed[name] = f"{type(error).__name__}: {error}"
-        failures = _carry_out(list(prepared.values()), source, bar, stop)
+        if prepared:
+            with next(iter(prepared.values())).request.told_of_the_disk():
+                failures = _carry_out(list(prepared.values()), source, bar, stop)
     for number, (name, made) in enumerate(prepared.items()):
         if number in failures:
             failed[name] = failures[number].message

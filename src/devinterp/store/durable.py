@@ -1,16 +1,25 @@
 """Files that are whole after a power failure: written beside their place, synced, renamed, the folder synced."""
 
+import errno
 import json
 import os
-from collections.abc import Iterable, Mapping
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
+from devinterp.errors import StorageError
+
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG}
+"""What goes wrong with a disk as a whole, so that every other chain would meet it too"""
 SYNCS_AT_ONCE = 8
 """File systems join syncs that wait together: a hundred cost little more than ten"""
+LEAST_BYTES = 2**20
+"""Records, states and half-filled blocks need about this much, however little a run has left to store"""
 RECORD_BYTES = 64 * 2**20
 """A larger record is not one of ours"""
 
@@ -85,3 +94,37 @@ def read_record(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     return content if whole else None
+
+
+@contextmanager
+def told_of_the_disk(path: Path, num_bytes: int) -> Iterator[None]:
+    """Says of a full or failing disk where, how much is wanted there, and what is kept.
+
+    Args:
+        path: the store.
+        num_bytes: of the whole store, about.
+
+    Raises:
+        StorageError: the disk did not take what was to be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, StorageError) or error.errno not in DISK_ERRORS:
+            raise
+        wanted, free = max(LEAST_BYTES, num_bytes - size_of(path)), free_bytes(path)
+        raise StorageError(
+            error.errno,
+            f"{error.strerror}. The rest of the run needs about {wanted:,} bytes, {free:,} are free "
+            f"({max(0, wanted - free):,} short). What was committed is kept: the same call goes on from there",
+            str(error.filename or path),
+        ) from error
+
+
+def size_of(folder: Path) -> int:
+    """Bytes of the files under a folder."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) if folder.exists() else 0
+
+
+def free_bytes(path: Path) -> int:
+    return shutil.disk_usage(next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())).free

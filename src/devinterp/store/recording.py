@@ -1,6 +1,5 @@
 """The tasks of a run: its baseline, and its chains. Each writes its own regions of the store, here or in a worker process."""
 
-import errno
 import traceback
 from collections.abc import Generator, Sequence
 from concurrent.futures import Executor
@@ -12,13 +11,11 @@ from devinterp.engine.baseline import baseline_losses, init_loss, init_loss_of
 from devinterp.engine.chain import Plan, Snapshot, Walk, run_chains
 from devinterp.engine.placement import Step
 from devinterp.engine.prefix import Recorder
-from devinterp.errors import ChainDiverged, StorageError
+from devinterp.errors import ChainDiverged
 from devinterp.store.commits import BaselineCommits, ChainCommits
+from devinterp.store.durable import DISK_ERRORS
 from devinterp.store.schema import COMPLETE, DIVERGED, FAILED, RUNNING
 from devinterp.store.writer import Rows, StoreWriter, background
-
-DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG}
-"""Errors that every other chain would meet too"""
 
 
 @dataclass(frozen=True)
@@ -71,7 +68,7 @@ def record(task: Baseline | Chains) -> Generator[Step, None, Failures]:
     Closed between two of them, it commits what there is.
 
     Raises:
-        StorageError: the disk does not take what is to be written.
+        OSError: the disk as a whole does not take what is to be written.
     """
     checkpoint = (task.plan if isinstance(task, Baseline) else task.plans[0]).checkpoint
     with checkpoint.ready(), background() as thread:
@@ -80,18 +77,15 @@ def record(task: Baseline | Chains) -> Generator[Step, None, Failures]:
         try:
             yield from _record_baseline(task, thread)
         except Exception as error:  # the baseline of one run; the other runs go on
-            _stop_if_of_the_disk(error, task.store.path)
+            _raise_if_of_the_disk(error)
             return {0: Failure.of(error)}
         return {}
 
 
-def _stop_if_of_the_disk(error: Exception, path: Path) -> None:
+def _raise_if_of_the_disk(error: Exception) -> None:
+    """What every other chain would meet too."""
     if isinstance(error, OSError) and error.errno in DISK_ERRORS:
-        raise StorageError(
-            error.errno,
-            f"{error.strerror}. What was committed before is kept: the same call goes on from there once there is space",
-            str(error.filename or path),
-        ) from error
+        raise error
 
 
 def _record_baseline(task: Baseline, thread: Executor) -> Generator[Step, None, None]:
@@ -138,7 +132,7 @@ def _record_chains(task: Chains, thread: Executor) -> Generator[Step, None, Fail
                     raise
                 except Exception as error:
                     del going[key]
-                    _stop_if_of_the_disk(error, walks[key].store.path)
+                    _raise_if_of_the_disk(error)
                     failures[key[0]] = Failure.of(error)
     finally:
         for steps in going.values():

@@ -4,7 +4,6 @@ import errno
 import json
 import os
 import re
-import shutil
 import tempfile
 from collections import defaultdict, deque
 from collections.abc import Iterable, Mapping
@@ -18,8 +17,8 @@ import zarr
 from torch import Tensor
 from zarr.codecs import ZstdCodec
 
-from devinterp.errors import InputValueError, got
-from devinterp.store.durable import digest_of, sync_tree, write_durably
+from devinterp.errors import InputValueError, StorageError, got
+from devinterp.store.durable import digest_of, free_bytes, size_of, sync_tree, write_durably
 from devinterp.store.folder import Digests, RunFolder
 from devinterp.store.schema import Variable, chunks
 
@@ -239,12 +238,14 @@ def stored_bytes(variables: Mapping[str, Variable], sizes: Mapping[str, int]) ->
     )
 
 
-def check_space(path: Path | None, variables: Mapping[str, Variable], sizes: Mapping[str, int], count: int = 1) -> None:
-    """Whether `count` runs of this size fit where they will be written."""
-    folder = Path(tempfile.gettempdir()) if path is None else next(p for p in path.absolute().parents if p.exists())
-    needed, free = count * stored_bytes(variables, sizes), shutil.disk_usage(folder).free
+def check_space(
+    path: Path | None, variables: Mapping[str, Variable], sizes: Mapping[str, int], count: int = 1, extra: int = 0
+) -> None:
+    """Whether `count` runs of this size, and `extra` bytes beside them, fit where they will be written."""
+    folder, stored = (Path(tempfile.gettempdir()), 0) if path is None else (path, size_of(path))
+    needed, free = count * stored_bytes(variables, sizes) + extra - stored, free_bytes(folder)
     if needed > free:
-        raise OSError(
+        raise StorageError(
             errno.ENOSPC,
             f"the run needs about {needed:,} bytes, {free:,} are free ({needed - free:,} short). Free some, choose another "
             "output_path, or take fewer draws or observable batches",
