@@ -226,13 +226,14 @@ def test_a_run_that_broke_off_is_finished_by_the_same_call(tmp_path, monkeypatch
         model = Stops()
         model.left = round(share * (10**9 - counting.left))
         with pytest.raises(KeyboardInterrupt):
-            run(tmp_path / "run", model=model)
-        stopped = open_store(tmp_path / "run")
+            run(tmp_path / f"run{share}", model=model)
+        stopped = open_store(tmp_path / f"run{share}")
         assert stopped.attrs["completed"] == 0
-    assert stopped.chain_status.values.tolist() == [1, 0]
-    again = run(tmp_path / "run").load()
-    xr.testing.assert_equal(whole.to_dataset(), again.to_dataset())
-    assert again.attrs["completed"] == 1
+        statuses = stopped.chain_status.values.tolist()
+        again = run(tmp_path / f"run{share}").load()
+        xr.testing.assert_equal(whole.to_dataset(), again.to_dataset())
+        assert again.attrs["completed"] == 1
+    assert statuses == [1, 0]
 
 
 @pytest.mark.filterwarnings("ignore:lr=")

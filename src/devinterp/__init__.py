@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from devinterp.slt.sampling import sample
     from devinterp.slt.susceptibilities import compute_susceptibilities, susceptibilities
     from devinterp.slt.weight_restrictions import create_param_masks, preview_weight_restriction
+    from devinterp.store.verification import verify
     from devinterp.utils import default_nbeta, tokenize_and_concatenate
 
 _HOMES = {
@@ -24,6 +25,7 @@ _HOMES = {
     "compute_susceptibilities": "devinterp.slt.susceptibilities",
     "create_param_masks": "devinterp.slt.weight_restrictions",
     "preview_weight_restriction": "devinterp.slt.weight_restrictions",
+    "verify": "devinterp.store.verification",
     "default_nbeta": "devinterp.utils",
     "tokenize_and_concatenate": "devinterp.utils",
 }
@@ -40,6 +42,7 @@ __all__ = [
     "sample",
     "susceptibilities",
     "tokenize_and_concatenate",
+    "verify",
 ]
 
 

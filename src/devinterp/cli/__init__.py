@@ -26,6 +26,7 @@ app.command("bif")(commands.bif_command)
 app.command("susceptibilities")(commands.susceptibilities_command)
 app.command("components")(commands.components_command)
 app.command("show")(commands.show_command)
+app.command("verify")(commands.verify_command)
 
 INTERRUPTED = 130
 
@@ -58,7 +59,7 @@ def main() -> None:
             raise
         code = _report(error)
     if code == INTERRUPTED:
-        typer.echo("interrupted; ask again with the same options to run the chains that are not complete", err=True)
+        typer.echo("interrupted; the same command goes on from the last commit", err=True)
     if code:
         sys.exit(code)
 

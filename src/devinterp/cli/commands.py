@@ -45,6 +45,20 @@ def show_command(store: Annotated[Path, typer.Argument(help="Directory of a stor
     print_summary(samples, result)
 
 
+def verify_command(store: Annotated[Path, typer.Argument(help="Directory of a store.")]) -> None:
+    """Compare every file of a store with what was written; exit code 1 where one differs."""
+    from devinterp.store.verification import verify
+
+    found = verify(store)
+    for file, of in found.damaged.items():
+        typer.echo(f"damaged or missing: {file} ({of})")
+    against = "its own checksum" if found.without_digests else "its digest"
+    typer.echo(f"{found.checked} files of {store} compared with {against}: {len(found.damaged) or 'none'} damaged")
+    if found.damaged:
+        typer.echo("The call that made the store computes again what is damaged, and nothing else.")
+        raise typer.Exit(1)
+
+
 @sampling_command
 def bif_command(
     job: Job,

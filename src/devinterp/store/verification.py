@@ -1,0 +1,88 @@
+"""Whether a store is what was written: every file against the digest that was taken when it was."""
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+
+from devinterp.store.folder import RunFolder, damaged_files
+from devinterp.store.reader import open_store
+from devinterp.store.schema import COMPLETE
+
+
+@dataclass
+class Verified:
+    """What was found."""
+
+    checked: int = 0
+    """files"""
+    damaged: dict[str, str] = field(default_factory=dict)
+    """file in the store -> what of the run it belongs to"""
+    without_digests: bool = False
+    """the store has come without its `.run` folder: chunks were read, and their checksums hold"""
+
+
+def verify(store: str | os.PathLike[str]) -> Verified:
+    """Look at every file of a run's store, without changing anything.
+
+    Each is compared with the digest in the folder beside the store (`<store>.run`). A store that has come without it is read
+    chunk by chunk: each carries a checksum, and none may be missing of a chain that is complete.
+
+    Args:
+        store: the run's `output_path`.
+
+    Raises:
+        StoreError: this is no store.
+    """
+    path, found = Path(store), Verified()
+    folder = RunFolder(path)
+    record = folder.record()
+    if record is None:
+        return _read_through(path)
+    found.checked += len(record["digests"] or {}) + 1
+    found.damaged |= dict.fromkeys(folder.damaged_layout(), "the run's layout")
+    for name, part in folder.parts().items():
+        progress = part.progress()
+        if progress is None:
+            continue
+        of = name if not progress.chains else f"chains {list(progress.chains)}"
+        found.checked += len(progress.digests)
+        found.damaged |= dict.fromkeys(damaged_files(path, progress.digests), of)
+    return found
+
+
+def _read_through(path: Path) -> Verified:
+    found = Verified(without_digests=True)
+    open_store(path)
+    root = zarr.open_group(path, mode="r")
+    complete = _complete_chains(root)
+    for name, array in root.arrays():
+        dims = array.metadata.dimension_names or ()  # type: ignore[union-attr]
+        chunks = [range(-(-size // length)) for size, length in zip(array.shape, array.chunks, strict=True)]
+        for place in np.ndindex(*map(len, chunks)):
+            file = "/".join([name, "c", *map(str, place)])
+            of = f"chains [{place[0]}]" if "chain" in dims else "what all chains share"
+            found.checked += 1
+            try:
+                array.get_block_selection(place) if place else array[...]
+            except (OSError, ValueError, RuntimeError):
+                found.damaged[file] = of
+            else:
+                may_be_missing = name == "diverged_at" or ("chain" in dims and place[0] not in complete)
+                if not (path / file).exists() and not may_be_missing:
+                    found.damaged[file] = of
+    return found
+
+
+def _complete_chains(root: zarr.Group) -> set[int]:
+    """Of a store of devinterp 2.0, which keeps no status, all that there are."""
+    if "chain_status" not in root:
+        return set(range(10**6))
+    status: Any = root["chain_status"]
+    try:
+        return {chain for chain, value in enumerate(np.asarray(status[...])) if value == COMPLETE}
+    except (OSError, ValueError, RuntimeError):
+        return set()
