@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo test test-slow lint planted-bugs figures bench clean
+.PHONY: help demo test test-slow test-crashes lint planted-bugs figures bench clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /\1\t/' | expand -t 16
@@ -25,7 +25,10 @@ lint: .venv/.installed  ## format, lint and types
 	$(BIN)/mypy
 
 test-slow: .venv/.installed  ## known learning coefficients of deep linear networks (about 15 minutes)
-	$(BIN)/python -m pytest -m slow -s
+	$(BIN)/python -m pytest -m slow -s --ignore-glob '*crash*'
+
+test-crashes: .venv/.installed  ## runs killed before every operation on files, power failures, full disks, sequences of all (about an hour)
+	$(BIN)/python -m pytest -m slow -s tests/test_crashes.py tests/test_crash_sequences.py
 
 planted-bugs: .venv/.installed  ## plant each known bug in a copy and see a test fail (about 5 minutes)
 	$(BIN)/python tests/planted_bugs.py
@@ -33,6 +36,7 @@ planted-bugs: .venv/.installed  ## plant each known bug in a copy and see a test
 figures: .venv/.installed  ## step sizes and peak memory on the demo's last checkpoint (after make demo)
 	$(BIN)/python benchmarks/step_size.py
 	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/durability.py
 
 .venv-peer/.installed: constraints.txt
 	test -x .venv-peer/bin/python || $(PYTHON) -m venv .venv-peer

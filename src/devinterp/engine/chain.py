@@ -173,9 +173,18 @@ class Walker:
             start = self._generators("init_noise")
             for block in self.blocks:
                 self.weights[:, block.where] += settings.init_noise * self._normal(block, start)
-        self.states: list[Any] = [
-            plan.sampler.init(self.weights[:, block.where], self._normal(block, self.rngs).clone()) for block in self.blocks
-        ]
+        self.kept: dict[str, Tensor] = {}
+        """the tensors of the sampler's state, by name: vectors of which each block's are views"""
+        self.states: list[Any] = [self._begun(block) for block in self.blocks]
+
+    def _begun(self, block: Block) -> Any:
+        """The sampler's first state of a block."""
+        state = self.plan.sampler.init(self.weights[:, block.where], self._normal(block, self.rngs))
+        views = {}
+        for name, tensor in _tensors(state).items():
+            views[name] = self.kept.setdefault(name, torch.empty_like(self.weights))[:, block.where]
+            views[name].copy_(tensor)
+        return replace(state, **views) if views else state
 
     def _generators(self, purpose: str) -> list[torch.Generator]:
         device, seed = self.plan.selection.device, self.plan.settings.init_seed
@@ -268,10 +277,13 @@ class Walker:
 
 def kept_in_place(old: Any, new: Any) -> Any:
     """The new state in the old one's memory: tensors that change hands at every step would fragment it."""
-    if new is None:
-        return None
-    tensors = {item.name: getattr(new, item.name) for item in fields(new)}
-    return replace(new, **{name: getattr(old, name).copy_(t) for name, t in tensors.items() if isinstance(t, Tensor)})
+    views = {name: getattr(old, name).copy_(tensor) for name, tensor in _tensors(new).items()}
+    return replace(new, **views) if views else new
+
+
+def _tensors(state: Any) -> dict[str, Tensor]:
+    found = {} if state is None else {item.name: getattr(state, item.name) for item in fields(state)}
+    return {name: value for name, value in found.items() if isinstance(value, Tensor)}
 
 
 def observed_rows(plan: Plan, observable: Observable, chains: int = 1) -> Iterator[tuple[int, Tensor]]:

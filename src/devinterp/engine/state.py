@@ -20,12 +20,8 @@ def state_of(walk: Walk) -> tuple[Tensors, dict[str, Any]]:
     """
     walker = walk.walker
     tensors = {"weights": walker.weights, "generators": torch.stack([rng.get_state() for rng in walker.rngs])}
-    numbers: dict[str, Any] = {"sampler": {}}
-    for name, of_blocks in _sampler_fields(walk).items():
-        if isinstance(of_blocks[0], Tensor):
-            tensors[f"sampler.{name}"] = torch.cat(of_blocks, 1)
-        else:
-            numbers["sampler"][name] = of_blocks[0]
+    tensors |= {f"sampler.{name}": vector for name, vector in walker.kept.items()}
+    numbers: dict[str, Any] = {"sampler": _plain_fields(walk)}
     if walk.plan.settings.train_mode:
         tensors |= {f"buffer.{name}": buffer.clone() for name, buffer in walker.buffers.items()}
     numbers |= {"alive": sorted(walk.watch.alive), "unseen": [t for t, _ in walk.watch.unseen]}
@@ -49,12 +45,10 @@ def restore(walk: Walk, steps_taken: int, tensors: Mapping[str, Tensor], numbers
     walker.weights.copy_(tensors["weights"])
     for rng, state in zip(walker.rngs, tensors["generators"], strict=True):
         rng.set_state(state.clone())  # a row of its own: the generator reads from the start of the storage
-    for i, block in enumerate(walker.blocks):
-        if walker.states[i] is not None:
-            parts = {name: t[:, block.where] for name, t in _named(tensors, "sampler.").items()}
-            for name, part in parts.items():
-                getattr(walker.states[i], name).copy_(part)
-            walker.states[i] = replace(walker.states[i], **numbers["sampler"])
+    for name, vector in _named(tensors, "sampler.").items():
+        walker.kept[name].copy_(vector)
+    if numbers["sampler"]:
+        walker.states = [replace(state, **numbers["sampler"]) for state in walker.states]
     for name, buffer in _named(tensors, "buffer.").items():
         walker.buffers[name].copy_(buffer)
     watch.alive = set(numbers["alive"])
@@ -63,12 +57,11 @@ def restore(walk: Walk, steps_taken: int, tensors: Mapping[str, Tensor], numbers
     walk.steps_taken = steps_taken
 
 
-def _sampler_fields(walk: Walk) -> dict[str, list[Any]]:
-    """The fields of the sampler's states, of all blocks."""
-    states = walk.walker.states
-    if states[0] is None:
-        return {}
-    return {item.name: [getattr(state, item.name) for state in states] for item in fields(states[0])}
+def _plain_fields(walk: Walk) -> dict[str, Any]:
+    """What is no tensor in a sampler's state, and equal in all blocks: the number of steps taken."""
+    state = walk.walker.states[0]
+    plain = {} if state is None else {item.name: getattr(state, item.name) for item in fields(state)}
+    return {name: value for name, value in plain.items() if name not in walk.walker.kept}
 
 
 def _named(tensors: Mapping[str, Tensor], prefix: str) -> Tensors:

@@ -80,8 +80,7 @@ class Commits:
     ) -> None:
         assert self.part is not None
         progress = Progress(self.progress.chains, steps_taken, finished, dict(self._digests), numbers)
-        host = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
-        self.progress = self.part.commit(progress, host, self._unsynced, durable)
+        self.progress = self.part.commit(progress, tensors, self._unsynced, durable)
         self._last = time.monotonic()
         self._was_durable |= durable
         self._unsynced = [] if durable else self._unsynced

@@ -7,10 +7,13 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+import torch
 import xxhash
+from torch import Tensor
 
 from devinterp.errors import StorageError
 
@@ -53,8 +56,7 @@ def sync_tree(root: Path) -> None:
 def write_durably(path: Path, content: bytes, durable: bool = True) -> None:
     """Replace a file in one piece. Not `durable`: after a power failure the old file may be there, or a part of the new one."""
     partial = path.with_name(path.name + ".partial")
-    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_NOFOLLOW", 0)
-    with os.fdopen(os.open(partial, flags, 0o666), "wb") as file:
+    with _new_file(partial) as file:
         file.write(content)
         file.flush()
         if durable:
@@ -62,6 +64,12 @@ def write_durably(path: Path, content: bytes, durable: bool = True) -> None:
     os.replace(partial, path)
     if durable:
         sync(path.parent)
+
+
+def _new_file(path: Path) -> BinaryIO:
+    """Never through a link."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_NOFOLLOW", 0)
+    return os.fdopen(os.open(path, flags, 0o666), "wb")
 
 
 def digest(content: bytes) -> str:
@@ -94,6 +102,35 @@ def read_record(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     return content if whole else None
+
+
+DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+          torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL"}  # fmt: skip
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], durable: bool = True) -> str:
+    """A safetensors file, straight from the tensors' memory, and its digest; the library's own writer copies all of them."""
+    header: dict[str, Any] = {}
+    end = 0
+    for name, tensor in tensors.items():
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    total = xxhash.xxh3_128()
+    with _new_file(path) as file:
+        parts: Iterator[bytes | memoryview] = chain([len(text).to_bytes(8, "little"), text], map(_bytes_of, tensors.values()))
+        for part in parts:
+            total.update(part)
+            file.write(part)
+        file.flush()
+        if durable:
+            os.fsync(file.fileno())
+    return total.hexdigest()
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
 @contextmanager

@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from devinterp.errors import InputValueError, got
-from devinterp.store.durable import digest_of, read_record, sync, sync_all, sync_tree, write_record
+from devinterp.store.durable import digest_of, read_record, sync, sync_all, sync_tree, write_record, write_tensors
 
 FINAL_STATE_BYTES = 64 * 2**20
 """A finished chain's state up to this size is kept, so that more draws can be taken from where it ended"""
@@ -88,11 +88,7 @@ class Part:
         if tensors:
             name = f"state-{progress.steps_taken:012d}.safetensors"
             path, partial = self.folder / name, self.folder / f"{name}.partial"
-            partial.unlink(missing_ok=True)
-            save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, partial)
-            if durable:
-                sync(partial)
-            progress = replace(progress, state=name, state_digest=digest_of(partial))
+            progress = replace(progress, state=name, state_digest=write_tensors(partial, tensors, durable))
             os.replace(partial, path)
         write_record(self.folder / "progress.json", progress.record(), durable)
         if durable:
