@@ -19,7 +19,7 @@ from devinterp.engine.selection import check_masks
 from devinterp.engine.settings import Paths, Settings, choice, settings_and_paths
 from devinterp.engine.tokens import Observable, Tokens, check_observables, check_tokens, warn_about_padding
 from devinterp.errors import InputTypeError, got
-from devinterp.store.identity import identity
+from devinterp.store.identity import Source, identity
 from devinterp.store.runs import layout, plain, stored_run
 from devinterp.store.writer import check_output_path, check_space
 
@@ -33,6 +33,7 @@ class Inputs:
 
     model: nn.Module
     checkpoint: Checkpoint
+    source: Source
     settings: Settings
     batches: Batches
     observables: tuple[Observable, ...]
@@ -49,6 +50,7 @@ class Inputs:
         *,
         device: str | torch.device | None = None,
         loss_fn: Callable[[nn.Module, Tensor], Tensor] | None = None,
+        loss_fn_id: str | None = None,
         on_diverged: str = "record",
         paths: Paths,
     ) -> "Inputs":
@@ -61,8 +63,9 @@ class Inputs:
         tokens = check_tokens("dataset", dataset, at_least=settings.batch_size)
         seen = check_observables(observables, tokens.length, settings.batch_size, settings.batches_per_draw, settings.obs_seed)
         _warn_about_inputs(model, settings, tokens)
+        source = Source.of(model, loss_fn, loss_fn_id)
         checkpoint = Checkpoint(model, loss_fn, checked_device, settings.train_mode)
-        return cls(model, checkpoint, settings, Batches.of(tokens, settings), seen, on_diverged, paths)
+        return cls(model, checkpoint, source, settings, Batches.of(tokens, settings), seen, on_diverged, paths)
 
     @property
     def largest_id(self) -> int:
@@ -96,6 +99,8 @@ class Request:
         path = check_output_path(output_path)
         masks = check_masks(inputs.model, param_masks)
         check_space(path, *layout(inputs.settings, inputs.batches.tokens.length, inputs.observables))
+        if path is not None:
+            inputs.source.warn_if_never_reused()
         return cls(inputs, masks, path)
 
     @cached_property
@@ -104,6 +109,7 @@ class Request:
         return plain(
             identity(
                 inputs.settings,
+                inputs.source,
                 inputs.checkpoint,
                 inputs.checkpoint.digest_as_found,
                 self.masks,
@@ -126,14 +132,16 @@ def request_of(
     output_path: Any = None,
     device: str | torch.device | None = None,
     loss_fn: Any = None,
+    loss_fn_id: Any = None,
     on_diverged: str = "record",
     **settings: Any,
 ) -> Request:
     """The arguments of `sample`, checked."""
     checked, paths = settings_and_paths(**settings)
     inputs = Inputs.of(
-        model, dataset, observables, checked, device=device, loss_fn=loss_fn, on_diverged=on_diverged, paths=paths
-    )
+        model, dataset, observables, checked, device=device, loss_fn=loss_fn, loss_fn_id=loss_fn_id,
+        on_diverged=on_diverged, paths=paths,
+    )  # fmt: skip
     return Request.of(inputs, param_masks, output_path)
 
 
