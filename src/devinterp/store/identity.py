@@ -23,7 +23,7 @@ FORMAT = 1
 
 ANOTHER = {
     "weights and buffers of the model": "other values",
-    "architecture of the model": "other modules, hyperparameters or code",
+    "architecture of the model": "other modules, hyperparameters or code (attributes set by a forward pass too: load it anew)",
     "param_masks": "other parameters or elements move",
     "dataset": "other values, or in another order or shape",
 }

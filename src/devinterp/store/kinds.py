@@ -5,7 +5,7 @@ import functools
 import logging
 import re
 import types
-from collections import Counter, OrderedDict, defaultdict, deque
+from collections import Counter, OrderedDict, defaultdict, deque, namedtuple
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import is_dataclass
 from pathlib import PurePath
@@ -29,6 +29,8 @@ SETS = (set, frozenset)
 BUILTINS = (types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType, types.MethodWrapperType,
             types.ClassMethodDescriptorType, np.ufunc)  # fmt: skip
 DESCRIPTORS = (types.MemberDescriptorType, types.GetSetDescriptorType)
+FIELD = type(namedtuple("FIELD", "a").a)
+"""Of named tuples, whose classes list their fields as well"""
 CONTENT = (dict, list, tuple, set, frozenset, str, int, float, bytes)
 """Bases whose instances hold more than their attributes"""
 ABSTRACT = ("abc", "typing", "collections.abc", "_collections_abc")
@@ -121,8 +123,8 @@ def _builtin(reader: "Reader", value: Any) -> bytes:
     static = isinstance(owner, types.ModuleType | type)
     if owner is not None and not static and type(owner).__name__ != "PyCapsule":
         return reader.join("builtin of", name, reader.of(owner))
-    home = owner if static else getattr(value, "__objclass__", type(value))
-    module = getattr(value, "__module__", None) or getattr(home, "__module__", None) or home.__name__
+    home: Any = owner if static else getattr(value, "__objclass__", type(value))
+    module = str(getattr(value, "__module__", None) or getattr(home, "__module__", None) or home.__name__)
     return reader.join("builtin", module, name) if installed(module) else reader.unreadable(f"the C function {name}")
 
 
@@ -195,6 +197,7 @@ KINDS: tuple[tuple[Any, Kind], ...] = (
     (types.CodeType, _code),
     (BUILTINS, _builtin),
     (DESCRIPTORS, _by("descriptor", "__name__")),
+    (FIELD, _by("field")),
     (MAPPINGS, _mapping),
     (SEQUENCES, _sequence),
     (SETS, _set),
