@@ -29,7 +29,7 @@ SETS = (set, frozenset)
 BUILTINS = (types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType, types.MethodWrapperType,
             types.ClassMethodDescriptorType, np.ufunc)  # fmt: skip
 DESCRIPTORS = (types.MemberDescriptorType, types.GetSetDescriptorType)
-FIELD = type(namedtuple("FIELD", "a").a)
+FIELD = type(vars(namedtuple("FIELD", "a"))["a"])
 """Of named tuples, whose classes list their fields as well"""
 CONTENT = (dict, list, tuple, set, frozenset, str, int, float, bytes)
 """Bases whose instances hold more than their attributes"""
