@@ -328,6 +328,8 @@ def test_a_result_too_large_for_memory_is_refused_before_the_run(monkeypatch):
 def test_samples_that_cannot_be_used(samples):
     with pytest.raises(StoreError, match="hold no observables"):
         devinterp.compute_bif(samples.drop_vars(["loss_b", "loss_a_b"]))
+    with pytest.raises(StoreError, match="no run metadata"):
+        devinterp.compute_bif(samples.drop_attrs())
     with pytest.raises(StoreError, match="1 observations.*more draws"):
         devinterp.compute_bif(samples.isel(chain=[0], draw=[0]))
     with pytest.raises(StoreError, match="in 2 group"):

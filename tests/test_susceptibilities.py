@@ -314,6 +314,8 @@ def test_samples_that_cannot_be_used(runs):
         devinterp.compute_susceptibilities(runs, "pile", ["nope"])
     with pytest.raises(DevinterpInputError, match="wr_map"):
         devinterp.compute_susceptibilities({"full": runs["full"]}, "pile")
+    with pytest.raises(StoreError, match="no run metadata"):
+        devinterp.compute_susceptibilities({name: ds.drop_attrs() for name, ds in runs.items()}, "pile")
     restricted = {name: ds for name, ds in runs.items() if name != "full"}
     with pytest.raises(DevinterpInputError, match="one_chain"):
         devinterp.compute_susceptibilities(restricted, "pile")

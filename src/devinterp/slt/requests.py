@@ -1,5 +1,6 @@
 """What is asked for, checked before any compute: shared by `sample()` and by suites of restrictions."""
 
+import os
 import time
 import warnings
 from collections.abc import Callable, Mapping
@@ -98,6 +99,7 @@ class Request:
     def of(cls, inputs: Inputs, param_masks: Any, output_path: Any) -> "Request":
         path = check_output_path(output_path)
         masks = check_masks(inputs.model, param_masks)
+        _check_memory(inputs, masks)
         check_space(path, *layout(inputs.settings, inputs.batches.tokens.length, inputs.observables))
         if path is not None:
             inputs.source.warn_if_never_reused()
@@ -143,6 +145,26 @@ def request_of(
         on_diverged=on_diverged, paths=paths,
     )  # fmt: skip
     return Request.of(inputs, param_masks, output_path)
+
+
+def _check_memory(inputs: Inputs, masks: Mapping[str, Tensor | None]) -> None:
+    """The vectors of one chain: moving weights, their gradient and the sampler's state."""
+    elements = sum(
+        inputs.checkpoint.parameters[name].numel() if mask is None else int(mask.sum()) for name, mask in masks.items()
+    )
+    needed = 4 * elements * (2 if inputs.settings.sampling_method == "sgmcmc_sgld" else 3)
+    device = inputs.checkpoint.device
+    if device.type == "cuda":
+        there = torch.cuda.mem_get_info(device)[1]
+    elif device.type == "cpu" and "SC_PHYS_PAGES" in os.sysconf_names:
+        there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    else:
+        return
+    if needed > there:
+        raise MemoryError(
+            f"one chain of {elements:,} moving weights needs {needed:,} bytes besides the model, {device} has {there:,}. "
+            "Move fewer weights (param_masks), or take a larger machine."
+        )
 
 
 def _warn_about_inputs(model: nn.Module, settings: Settings, tokens: Tokens) -> None:
