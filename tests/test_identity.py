@@ -306,6 +306,7 @@ FUNCTIONS = [
     ("captured tuple for a list", captured([1, 2]), captured((1, 2))),
     ("where strings end", captured(["a", "bc"]), captured(["ab", "c"])),
     ("captured tensor", captured(torch.zeros(3)), captured(torch.tensor([0.0, 0.0, 1e-45]))),
+    ("conjugate", captured(torch.ones(2) * 1j), captured((torch.ones(2) * 1j).conj())),
     ("dtype of a tensor", captured(torch.zeros(4)), captured(torch.zeros(4, dtype=torch.int32))),
     ("shape of an array", captured(np.zeros((2, 3))), captured(np.zeros((3, 2)))),
     ("captured function", captured(1, scaled), captured(1, power)),
@@ -408,6 +409,33 @@ def test_what_cannot_be_compared_is_not_guessed(value):
         fingerprint(captured(value))
     with pytest.raises(Unreadable):
         fingerprint(Loss([{"x": value}]))
+
+
+class Sly:
+    @property
+    def __dict__(self):
+        raise RuntimeError("no")
+
+
+def test_what_fails_when_it_is_read_is_unreadable():
+    with pytest.raises(Unreadable, match="value: a Sly, which fails with RuntimeError"):
+        fingerprint(captured(Sly()))
+
+
+def test_a_model_may_hold_what_cannot_be_compared():
+    def holding(number):
+        return changed(lambda m: setattr(m, "held", [threading.Lock(), Sly(), number]))
+
+    assert architecture(holding(1)) == architecture(holding(1)) != architecture(holding(2))
+
+
+def test_long_code_is_read_like_short_code():
+    """Where more than 255 constants come first, instructions have prefixes."""
+    filler = "\n    ".join(f"x = {number}.5" for number in range(300))
+    home = {"__name__": "mine", "__package__": "json"}
+    exec(f"def uses(x):\n    {filler}\n    from . import decoder\n    import mine_too\n    return x", home)
+    with pytest.raises(Unreadable, match="mine_too"):
+        fingerprint(home["uses"])
 
 
 def test_a_run_with_a_loss_fn_is_returned_or_refused(tmp_path):

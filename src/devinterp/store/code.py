@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 HOMES = {"site-packages", "dist-packages"}
+LOADS = {"LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS"}
 
 
 @lru_cache(maxsize=10_000)
@@ -80,11 +81,12 @@ def namespace_use(code: types.CodeType) -> NamespaceUse:
     imports: set[tuple[int, str]] = set()
     for part in _nested(code):
         names |= set(part.co_names)
-        instructions = list(dis.get_instructions(part))
+        instructions = [found for found in dis.get_instructions(part) if found.opname != "EXTENDED_ARG"]
         for number, instruction in enumerate(instructions):
-            if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
+            if instruction.opname in LOADS:
                 used.add(instruction.argval)
             elif instruction.opname == "IMPORT_NAME":
+                # the two before it load the level and the names
                 imports.add((int(instructions[number - 2].argval or 0), instruction.argval))
     return NamespaceUse(tuple(sorted(used)), frozenset(names), tuple(sorted(imports)))
 

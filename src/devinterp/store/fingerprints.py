@@ -76,7 +76,7 @@ class Reader:
         """the outermost open value that what is read now refers to; what refers to none is known for good"""
 
     @staticmethod
-    def join(*parts: bytes | str) -> bytes:
+    def join(*parts: bytes | memoryview | str) -> bytes:
         """The digest of parts that each keep their bounds."""
         total = xxhash.xxh3_128()
         for part in parts:
@@ -126,7 +126,12 @@ class Reader:
         return self.join("tree", *parts)
 
     def _read(self, value: Any) -> bytes:
-        return self._module(value) if isinstance(value, nn.Module) else read(self, value)
+        try:
+            return self._module(value) if isinstance(value, nn.Module) else read(self, value)
+        except (Unreadable, RecursionError):
+            raise
+        except Exception as error:  # the caller's own attributes and conversions run here
+            return self.unreadable(f"a {type(value).__qualname__}, which fails with {type(error).__name__} when it is read")
 
     def _inside(self, value: Any, read: Callable[[], bytes], keep: bool) -> bytes:
         depth = len(self._open)

@@ -76,8 +76,8 @@ def _set(reader: "Reader", value: Any) -> bytes:
 def _tensor(reader: "Reader", value: Tensor) -> bytes:
     if type(value) not in (Tensor, nn.Parameter) or value.layout != torch.strided or value.is_quantized or value.is_meta:
         return reader.unreadable(f"a {type(value).__qualname__} of {value.layout} and {value.dtype}")
-    raw = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-    return reader.join("tensor", str(value.dtype), str(tuple(value.shape)), raw)
+    flat = value.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
+    return reader.join("tensor", str(value.dtype), str(tuple(value.shape)), flat.view(torch.uint8).numpy().data)
 
 
 def _array(reader: "Reader", value: Any) -> bytes:
