@@ -3,6 +3,7 @@
 import copy
 import functools
 import hashlib
+import importlib
 import itertools
 import json
 import os
@@ -361,6 +362,17 @@ def test_modules_of_the_callers_are_followed(monkeypatch, tmp_path):
     monkeypatch.setattr(my_losses, "SCALE", 3)
     assert fingerprint(uses) != before[0]
     assert fingerprint(imports) != before[1]
+    assert fingerprint(lambda: getattr(torch, "ones"))  # noqa: B009
+    for reaches in (
+        lambda name: getattr(my_losses, name),
+        lambda: vars(my_losses),
+        lambda: my_losses.__dict__,
+        lambda: globals()["SCALE"],
+        lambda: importlib.import_module("my_losses"),
+        lambda: eval("SCALE"),
+    ):
+        with pytest.raises(Unreadable, match="anything"):
+            fingerprint(reaches)
     monkeypatch.delitem(sys.modules, "my_losses")
     with pytest.raises(Unreadable, match="my_losses"):
         fingerprint(imports)

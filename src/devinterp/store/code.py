@@ -12,6 +12,9 @@ from pathlib import Path
 from typing import Any
 
 HOMES = {"site-packages", "dist-packages"}
+BY_TEXT = {"globals", "eval", "exec", "__import__", "import_module"}
+"""Ways to reach anything at all by a name that is made when the code runs"""
+BY_TEXT_IN_MODULES = {"getattr", "vars", "dir", "__dict__"}
 LOADS = {"LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS"}
 
 
@@ -50,7 +53,7 @@ class NamespaceUse:
 
     globals: tuple[str, ...]
     names: frozenset[str]
-    """of globals, attributes and imports alike"""
+    """of globals, attributes and imports alike, and texts that may be such names"""
     imports: tuple[tuple[int, str], ...]
     """level (0 = absolute) and name of modules that are imported when the code runs"""
 
@@ -62,6 +65,10 @@ class NamespaceUse:
             for level, name in self.imports
         ]
         return sorted({name for name in full if not _known(name)})
+
+    @property
+    def by_text(self) -> list[str]:
+        return sorted(BY_TEXT & {*self.globals, *(self.names & {"import_module"})})
 
     @staticmethod
     def loaded(name: str) -> types.ModuleType | None:
@@ -80,7 +87,7 @@ def namespace_use(code: types.CodeType) -> NamespaceUse:
     names: set[str] = set()
     imports: set[tuple[int, str]] = set()
     for part in _nested(code):
-        names |= set(part.co_names)
+        names |= set(part.co_names) | {text for text in part.co_consts if isinstance(text, str) and text.isidentifier()}
         instructions = [found for found in dis.get_instructions(part) if found.opname != "EXTENDED_ARG"]
         for number, instruction in enumerate(instructions):
             if instruction.opname in LOADS:

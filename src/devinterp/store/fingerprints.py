@@ -12,7 +12,7 @@ from typing import Any
 import xxhash
 from torch import nn
 
-from devinterp.store.code import installed, installed_name
+from devinterp.store.code import BY_TEXT_IN_MODULES, installed, installed_name
 from devinterp.store.kinds import ATOMS, read
 
 NOT_OF_MODULES = {
@@ -99,8 +99,8 @@ class Reader:
                 return self.of(value)
             if installed(value.__name__):
                 return self.join("module", value.__name__)
-            if not names:
-                return self.unreadable("a module")
+            if not names or names & BY_TEXT_IN_MODULES:
+                return self.unreadable("a module of which anything may be used")
             used = sorted(names & vars(value).keys())
             return self._inside(value, lambda: self.pairs({n: self.named(n, vars(value)[n], names) for n in used}), keep=False)
         except Unreadable as error:
