@@ -66,9 +66,9 @@ class NamespaceUse:
         ]
         return sorted({name for name in full if not _known(name)})
 
-    @property
-    def by_text(self) -> list[str]:
-        return sorted(BY_TEXT & {*self.globals, *(self.names & {"import_module"})})
+    def by_text(self, home: Mapping[str, Any]) -> list[str]:
+        """Built-in functions used that may reach anything."""
+        return sorted(BY_TEXT & (set(self.globals) - home.keys() | self.names & {"import_module"}))
 
     @staticmethod
     def loaded(name: str) -> types.ModuleType | None:

@@ -102,7 +102,7 @@ def _function(reader: "Reader", function: types.FunctionType) -> bytes:
     if installed(module):  # not by __module__, which functools.wraps copies
         return reader.join("installed", module, code.co_qualname, *own)
     outside = {name: reader.named(name, home[name], use.names) for name in use.globals if name in home}
-    outside |= {name: reader.unreadable(f"{name}(), which may reach anything") for name in use.by_text if name not in home}
+    outside |= {name: reader.unreadable(f"{name}(), which may reach anything") for name in use.by_text(home)}
     for name in use.imports_of(home):
         loaded = use.loaded(name)
         missing = f"import of {name}, which is not loaded yet"
