@@ -1,6 +1,7 @@
 """Tiny models, losses and datasets."""
 
 import itertools
+import math
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,11 @@ from devinterp.engine.forward import Forward
 from devinterp.engine.selection import Selection, check_masks
 from devinterp.engine.settings import Settings
 from devinterp.engine.tokens import check_observables, check_tokens
+
+GOOD = {"lr": 1e-3, "n_beta": 10.0, "localization": 1.0, "num_chains": 2, "num_draws": 2, "batch_size": 4,
+        "num_init_loss_batches": 1, "progress": False}  # fmt: skip
+"""Settings of a run of milliseconds"""
+NAN, INF = math.nan, math.inf
 
 
 class TinyLM(nn.Module):

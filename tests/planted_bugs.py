@@ -29,6 +29,7 @@ class Bug:
 LAWS, CHAIN, MODEL, LLC = "tests/test_laws.py", "tests/test_chain.py", "tests/test_model_untouched.py", "tests/test_llc.py"
 SGLD, LM = "samplers/sgld.py", "samplers/leimkuhler_matthews.py"
 BIF, SUS, DEAD = "tests/test_bif.py", "tests/test_susceptibilities.py", "tests/test_dead_heads.py"
+IDENTITY, FUNCTIONS, CODE = "tests/test_identity.py", "tests/test_fingerprints.py", "store/kinds.py"
 FAST, PLACE = "tests/test_fast_paths.py", "tests/test_placement.py"
 RMS, LOOP = "samplers/rmsprop_sgld.py", "engine/chain.py"
 
@@ -102,6 +103,15 @@ BUGS = [
         "Baseline(runs[i].plan, runs[i].store, source)) for i in numbers if due[i]", PLACE),
     Bug("a death takes all chains", "engine/placement.py", "yield from attempt([i], 1)", "break", PLACE),
     Bug("the path of a store forgotten", "slt/running.py", "if stored else decide(asked", "if False else decide(asked", PLACE),
+    Bug("architecture not compared", "store/identity.py", '"architecture of the model": source.architecture,', "", IDENTITY),
+    Bug("ties not compared", "store/identity.py", '"tied weights": source.ties,', "", IDENTITY),
+    Bug("device type not compared", "store/identity.py", '"device type": checkpoint.device.type,', "", IDENTITY),
+    Bug("shape of a dataset forgotten", "engine/tokens.py", 'digest.update(f"{num_rows} rows of {length}".encode())', "pass", IDENTITY),
+    Bug("captured values not read", CODE, "for name, held in _captured(function)}", "for name, held in ()}", FUNCTIONS),
+    Bug("globals not followed", CODE, "for name in use.globals if name in home}", "for name in ()}", FUNCTIONS),
+    Bug("functions known by the name they claim", CODE, 'str(home.get("__name__", ""))', "function.__module__", FUNCTIONS),
+    Bug("order of sets", CODE, "*sorted(map(reader.of, value)))", "*map(reader.of, value))", IDENTITY),
+    Bug("origin of a configuration compared", CODE, "if name not in NOT_OF_CONFIGS", "if True", IDENTITY),
 ]  # fmt: skip
 
 

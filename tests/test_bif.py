@@ -320,7 +320,7 @@ def test_bif_checks_everything_before_the_run(change, message, tmp_path, monkeyp
 
 
 def test_a_result_too_large_for_memory_is_refused_before_the_run(monkeypatch):
-    monkeypatch.setattr("os.sysconf", lambda name: 10)
+    monkeypatch.setattr("os.sysconf", lambda name: 60)  # 3,600 bytes: enough for a chain
     with pytest.raises(MemoryError, match="Pass output_path"):
         devinterp.bif(TinyLM(), DATA, OBSERVABLES, loss_fn=lambda *_: 1 / 0, **SHORT)
 
@@ -328,6 +328,8 @@ def test_a_result_too_large_for_memory_is_refused_before_the_run(monkeypatch):
 def test_samples_that_cannot_be_used(samples):
     with pytest.raises(StoreError, match="hold no observables"):
         devinterp.compute_bif(samples.drop_vars(["loss_b", "loss_a_b"]))
+    with pytest.raises(StoreError, match="no run metadata"):
+        devinterp.compute_bif(samples.drop_attrs())
     with pytest.raises(StoreError, match="1 observations.*more draws"):
         devinterp.compute_bif(samples.isel(chain=[0], draw=[0]))
     with pytest.raises(StoreError, match="in 2 group"):

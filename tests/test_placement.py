@@ -131,24 +131,25 @@ def test_a_dead_worker_costs_its_chain_alone_and_the_same_call_goes_on(tmp_path,
 
 
 def test_an_error_in_a_chain_leaves_the_others(tmp_path):
-    class Fails(TinyLM):
-        steps = 0
+    class Fails:
+        """Fails in a forward pass of its model."""
 
-        def forward(self, ids):
+        def __init__(self, at):
+            self.at, self.steps, self.model = at, 0, TinyLM()
+            self.model.register_forward_pre_hook(self.fail)
+
+        def fail(self, *_):
             self.steps += 1
-            if self.steps == self.fails_at:
+            if self.steps == self.at:
                 raise RuntimeError("out of memory, say")
-            return super().forward(ids)
 
-    counting = Fails()
-    counting.fails_at = -1
+    counting = Fails(-1)
     data = random_tokens()
-    whole = devinterp.sample(counting, data, {}, **SHORT)
-    model = Fails()
-    model.fails_at = counting.steps - 8  # in the middle one of three chains of 6 forwards
+    whole = devinterp.sample(counting.model, data, {}, **SHORT)
+    failing = Fails(counting.steps - 8)  # in the middle one of three chains of 6 forwards
     with pytest.raises(ChainFailed, match="out of memory, say") as caught:
-        devinterp.sample(model, data, {}, output_path=tmp_path / "run", **SHORT)
-    assert "forward" in caught.value.__notes__[0], "where it happened"
+        devinterp.sample(failing.model, data, {}, output_path=tmp_path / "run", **SHORT)
+    assert "fail" in caught.value.__notes__[0], "where it happened"
     stored = open_store(tmp_path / "run")
     assert stored.chain_status.values.tolist() == [1, 3, 1]
     np.testing.assert_array_equal(stored.sampling_loss[[0, 2]], whole.sampling_loss[[0, 2]])

@@ -158,7 +158,7 @@ CHANGES = [
     ({"observables": {"code": shifted_tokens().select(range(12))}}, "observable code: other values"),
     ({"observables": {}}, "observable code: only in the stored run"),
     ({"observables": {"code": DATA, "more": DATA}}, "observable more: not in the stored run"),
-    ({"param_masks": {"mix.weight": None}}, "param_masks: other values"),
+    ({"param_masks": {"mix.weight": None}}, "param_masks: other parameters or elements"),
     ({"loss_fn": lambda model, ids: model(ids)[:, :-1].square().mean(-1)}, "loss_fn"),
 ]
 
@@ -202,14 +202,19 @@ def test_a_run_that_broke_off_is_finished_by_the_same_call(tmp_path, monkeypatch
     whole = run(tmp_path / "whole").load()
     from devinterp.slt import running
 
-    class Stops(TinyLM):
-        left, on_trial = 10**9, False
+    class Stops:
+        """Stops a model in a forward pass."""
 
-        def forward(self, ids):
+        on_trial = False
+
+        def __init__(self, left=10**9):
+            self.left, self.model = left, TinyLM()
+            self.model.register_forward_pre_hook(self.count)
+
+        def count(self, *_):
             self.left -= Stops.on_trial  # the probes before the run are not
             if not self.left:
                 raise KeyboardInterrupt
-            return super().forward(ids)
 
     def tried(*arguments, do=running.do):
         Stops.on_trial = True
@@ -220,13 +225,11 @@ def test_a_run_that_broke_off_is_finished_by_the_same_call(tmp_path, monkeypatch
 
     monkeypatch.setattr(running, "do", tried)
     counting = Stops()
-    run(tmp_path / "counted", model=counting)
+    run(tmp_path / "counted", model=counting.model)
     # in the baseline, early in chain 0, late in it, and in chain 1
     for share in (0.1, 0.35, 0.55, 0.8):
-        model = Stops()
-        model.left = round(share * (10**9 - counting.left))
         with pytest.raises(KeyboardInterrupt):
-            run(tmp_path / f"run{share}", model=model)
+            run(tmp_path / f"run{share}", model=Stops(round(share * (10**9 - counting.left))).model)
         stopped = open_store(tmp_path / f"run{share}")
         assert stopped.attrs["completed"] == 0
         statuses = stopped.chain_status.values.tolist()

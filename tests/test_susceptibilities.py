@@ -217,18 +217,17 @@ def test_a_restriction_that_fails_does_not_lose_the_others(kind, tmp_path):
 
 
 def test_what_failed_once_is_run_again(tmp_path, runs):
-    class Fails(TinyLM):
-        left = 240  # forwards: in the chains of "mix"
+    left = iter(range(239, -1, -1))  # forwards: in the chains of "mix"
 
-        def forward(self, ids):
-            self.left -= 1
-            if not self.left:
-                raise MemoryError("out of memory")
-            return super().forward(ids)
+    def fail(*_):
+        if not next(left, 1):
+            raise MemoryError("out of memory")
 
+    failing = TinyLM()
+    failing.register_forward_pre_hook(fail)
     arguments = {"sampling_task": "pile", "output_path": tmp_path / "s", **SHORT}
     with pytest.warns(UserWarning, match="1 of 3 restrictions failed"):
-        tree = devinterp.susceptibilities(Fails(), DATA, OBSERVABLES, MASKS, **arguments)
+        tree = devinterp.susceptibilities(failing, DATA, OBSERVABLES, MASKS, **arguments)
     (name,) = tree.attrs["failed"]
     assert 3 in xr.open_datatree(tmp_path / f"s_{name}", engine="zarr", consolidated=False).chain_status
     again = devinterp.susceptibilities(TinyLM(), DATA, OBSERVABLES, MASKS, **arguments)
@@ -316,6 +315,8 @@ def test_samples_that_cannot_be_used(runs):
         devinterp.compute_susceptibilities(runs, "pile", ["nope"])
     with pytest.raises(DevinterpInputError, match="wr_map"):
         devinterp.compute_susceptibilities({"full": runs["full"]}, "pile")
+    with pytest.raises(StoreError, match="no run metadata"):
+        devinterp.compute_susceptibilities({name: ds.drop_attrs() for name, ds in runs.items()}, "pile")
     restricted = {name: ds for name, ds in runs.items() if name != "full"}
     with pytest.raises(DevinterpInputError, match="one_chain"):
         devinterp.compute_susceptibilities(restricted, "pile")

@@ -146,6 +146,10 @@ def check_model(model: Any) -> None:
     if len(devices) > 1:
         listed = sorted(map(str, devices))
         raise InputValueError(got("model", f"on devices {listed}", "on one device", "Load it without device_map."))
+    for name, module in model.named_modules():
+        if "quantized" in type(module).__module__.split("."):
+            fix = "Load it unquantised: no gradient passes through such a module."
+            raise InputValueError(got("model", f"quantised module {name!r}", "made of floating-point modules", fix))
     for name, p in model.named_parameters():
         if isinstance(p, nn.parameter.UninitializedParameter):
             raise InputValueError(got("model", f"lazy parameter {name!r}", "initialised", "Run one forward pass first."))

@@ -137,7 +137,7 @@ def check_masks(model: nn.Module, masks: Any) -> dict[str, Tensor | None]:
     """The moving parameters in the model's order, each with its mask; None = the whole parameter."""
     parameters = dict(model.named_parameters())
     if masks is None:
-        chosen = {name: None for name, p in parameters.items() if p.requires_grad}
+        chosen = {name: None for name, p in parameters.items() if p.requires_grad or not p.is_floating_point()}
         if not chosen:
             allowed = "a model with parameters that require gradients"
             fix = "Call model.requires_grad_(True), or name the parameters to move in param_masks."
@@ -165,9 +165,12 @@ def _unknown(model: nn.Module, name: Any, parameters: Mapping[str, Tensor]) -> s
 
 def _check_mask(name: str, parameter: Tensor, mask: Any) -> Tensor | None:
     shown = f"param_masks[{name!r}]"
+    if "parametrizations" in name.split("."):
+        fix = "Fold it in (torch.nn.utils.parametrize.remove_parametrizations), or leave it out of param_masks."
+        raise InputValueError(got(f"model parameter {name!r}", "part of a parametrised weight", "a weight itself", fix))
     if parameter.dtype not in REAL_DTYPES:
         allowed = f"one of {[str(dtype) for dtype in REAL_DTYPES]}"
-        fix = "Leave it out of param_masks, or load the model unquantised."
+        fix = "Name the parameters to move in param_masks without it, or load the model unquantised."
         raise InputTypeError(got(f"model parameter {name!r}", str(parameter.dtype), allowed, fix))
     if mask is None:
         return None

@@ -58,7 +58,7 @@ class Observable:
 
     @property
     def digest(self) -> str:
-        return xxhash.xxh3_128_hexdigest(self.ids.tobytes())
+        return xxhash.xxh3_128_hexdigest(f"{self.ids.shape}".encode() + self.ids.tobytes())
 
 
 def _as_matrix(column: Any, length: int) -> Ids:
@@ -131,6 +131,7 @@ def check_tokens(argument: str, dataset: Any, at_least: int) -> Tokens:
             )
         largest = max(largest, int(block.max()))
         digest.update(block.tobytes())
+    digest.update(f"{num_rows} rows of {length}".encode())
     return Tokens(dataset, num_rows, length, largest, digest.hexdigest())
 
 

@@ -1,5 +1,6 @@
 """What is asked for, checked before any compute: shared by `sample()` and by suites of restrictions."""
 
+import os
 import time
 import warnings
 from collections.abc import Callable, Mapping
@@ -22,7 +23,7 @@ from devinterp.engine.tokens import Observable, Tokens, check_observables, check
 from devinterp.errors import InputTypeError, got
 from devinterp.store.durable import told_of_the_disk
 from devinterp.store.folder import FINAL_STATE_BYTES
-from devinterp.store.identity import identity
+from devinterp.store.identity import Source, identity
 from devinterp.store.runs import Stored, layout, plain, stored_run
 from devinterp.store.schema import Variable
 from devinterp.store.writer import check_output_path, check_space, stored_bytes
@@ -37,6 +38,7 @@ class Inputs:
 
     model: nn.Module
     checkpoint: Checkpoint
+    source: Source
     settings: Settings
     batches: Batches
     observables: tuple[Observable, ...]
@@ -53,6 +55,7 @@ class Inputs:
         *,
         device: str | torch.device | None = None,
         loss_fn: Callable[[nn.Module, Tensor], Tensor] | None = None,
+        loss_fn_id: str | None = None,
         on_diverged: str = "record",
         paths: Paths,
     ) -> "Inputs":
@@ -65,8 +68,9 @@ class Inputs:
         tokens = check_tokens("dataset", dataset, at_least=settings.batch_size)
         seen = check_observables(observables, tokens.length, settings.batch_size, settings.batches_per_draw, settings.obs_seed)
         _warn_about_inputs(model, settings, tokens)
+        source = Source.of(model, loss_fn, loss_fn_id)
         checkpoint = Checkpoint(model, loss_fn, checked_device, settings.train_mode)
-        return cls(model, checkpoint, settings, Batches.of(tokens, settings), seen, on_diverged, paths)
+        return cls(model, checkpoint, source, settings, Batches.of(tokens, settings), seen, on_diverged, paths)
 
     @property
     def largest_id(self) -> int:
@@ -99,8 +103,11 @@ class Request:
     def of(cls, inputs: Inputs, param_masks: Any, output_path: Any) -> "Request":
         path = check_output_path(output_path)
         masks = check_masks(inputs.model, param_masks)
+        _check_memory(inputs, masks)
         request = cls(inputs, masks, path)
         check_space(path, *request.layout(), extra=state_bytes(inputs, masks))
+        if path is not None:
+            inputs.source.warn_if_never_reused()
         return request
 
     @cached_property
@@ -109,6 +116,7 @@ class Request:
         return plain(
             identity(
                 inputs.settings,
+                inputs.source,
                 inputs.checkpoint,
                 inputs.checkpoint.digest_as_found,
                 self.masks,
@@ -148,15 +156,37 @@ def request_of(
     output_path: Any = None,
     device: str | torch.device | None = None,
     loss_fn: Any = None,
+    loss_fn_id: Any = None,
     on_diverged: str = "record",
     **settings: Any,
 ) -> Request:
     """The arguments of `sample`, checked."""
     checked, paths = settings_and_paths(**settings)
     inputs = Inputs.of(
-        model, dataset, observables, checked, device=device, loss_fn=loss_fn, on_diverged=on_diverged, paths=paths
-    )
+        model, dataset, observables, checked, device=device, loss_fn=loss_fn, loss_fn_id=loss_fn_id,
+        on_diverged=on_diverged, paths=paths,
+    )  # fmt: skip
     return Request.of(inputs, param_masks, output_path)
+
+
+def _check_memory(inputs: Inputs, masks: Mapping[str, Tensor | None]) -> None:
+    """The vectors of one chain: moving weights, their gradient and the sampler's state."""
+    elements = sum(
+        inputs.checkpoint.parameters[name].numel() if mask is None else int(mask.sum()) for name, mask in masks.items()
+    )
+    needed = 4 * elements * (2 if inputs.settings.sampling_method == "sgmcmc_sgld" else 3)
+    device = inputs.checkpoint.device
+    if device.type == "cuda":
+        there = torch.cuda.mem_get_info(device)[1]
+    elif device.type == "cpu" and "SC_PHYS_PAGES" in os.sysconf_names:
+        there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    else:
+        return
+    if needed > there:
+        raise MemoryError(
+            f"one chain of {elements:,} moving weights needs {needed:,} bytes besides the model, {device} has {there:,}. "
+            "Move fewer weights (param_masks), or take a larger machine."
+        )
 
 
 def _warn_about_inputs(model: nn.Module, settings: Settings, tokens: Tokens) -> None:

@@ -46,6 +46,7 @@ def sample(
     save_metrics: bool = False,
     output_path: str | os.PathLike[str] | None = None,
     loss_fn: Callable[[nn.Module, Tensor], Tensor] | None = None,
+    loss_fn_id: str | None = None,
     train_mode: bool = False,
     on_diverged: str = "record",
     chains_together: str = "auto",
@@ -105,6 +106,8 @@ def sample(
             where an interrupted one has stopped, and returns a finished run at once; with more chains or draws it adds them.
             What going on needs is kept beside it, in `<output_path>.run`.
         loss_fn: (model, input_ids) -> per-token loss (batch, token - 1); default next-token cross-entropy.
+        loss_fn_id: stands for loss_fn where a stored run is recognised: change it whenever the function changes. None = a
+            fingerprint of its code and of everything that it captures and uses.
         train_mode: sample with dropout and batch-norm updates on, from a hashed seed.
         on_diverged: "record" keeps the other chains and marks the diverged one; "raise" stops.
         chains_together: "processes" (side by side), "vmap" (one pass for all), "sequential", or "auto", which chooses by
@@ -131,7 +134,8 @@ def sample(
     """
     request = request_of(
         model, dataset, observables, param_masks=param_masks, output_path=output_path, device=device, loss_fn=loss_fn,
-        on_diverged=on_diverged, lr=lr, n_beta=n_beta, num_chains=num_chains, num_draws=num_draws, batch_size=batch_size,
+        loss_fn_id=loss_fn_id, on_diverged=on_diverged,
+        lr=lr, n_beta=n_beta, num_chains=num_chains, num_draws=num_draws, batch_size=batch_size,
         num_burnin_steps=num_burnin_steps, num_steps_bw_draws=num_steps_bw_draws,
         num_init_loss_batches=num_init_loss_batches, init_seed=init_seed, batches_per_draw=batches_per_draw,
         obs_seed=obs_seed, gradient_accumulation_steps=gradient_accumulation_steps, localization=localization,

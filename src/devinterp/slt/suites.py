@@ -154,6 +154,7 @@ def _averaged(values: Doubles, grid: Grid, by_sequence: bool) -> tuple[Doubles, 
 
 
 def _check_task(ds: xr.Dataset, sampling_task: Any) -> str:
+    metadata_of(ds)  # without it there is no list of observables
     known = observable_names(ds)
     task = stored_name(sampling_task, "sampling_task")
     if task not in known:

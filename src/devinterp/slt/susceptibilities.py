@@ -37,6 +37,7 @@ def susceptibilities(
     lr: float | str,
     n_beta: float,
     loss_fn: Callable[[nn.Module, Tensor], Tensor] | None = None,
+    loss_fn_id: str | None = None,
     include_sampling_task: bool = False,
     estimator: str = "two_chain",
     standardize: bool = False,
@@ -54,7 +55,7 @@ def susceptibilities(
     step size is chosen on the whole model, where curvature is largest, and taken for every restriction.
 
     Args:
-        model, dataset, observables, lr, n_beta, loss_fn, device: as in `sample`.
+        model, dataset, observables, lr, n_beta, loss_fn, loss_fn_id, device: as in `sample`.
         weight_restrictions: name -> masks as `create_param_masks` returns them, None for the whole model, or a restriction
             such as "l0h1" or ["l0h1", "l0 mlp"]. Must hold "full".
         sampling_task: the observable whose mean loss is L: more sequences of the sampling data.
@@ -82,7 +83,7 @@ def susceptibilities(
     chosen, paths = settings_and_paths(lr=lr, n_beta=n_beta, **settings)
     if chosen.num_chains * chosen.num_draws < 2:
         raise InputValueError(got("num_draws", chosen.num_draws, "at least 2 with one chain", "A covariance needs more."))
-    inputs = Inputs.of(model, dataset, observables, chosen, device=device, loss_fn=loss_fn, paths=paths)
+    inputs = Inputs.of(model, dataset, observables, chosen, device=device, loss_fn=loss_fn, loss_fn_id=loss_fn_id, paths=paths)
     requests = {
         name: Request.of(inputs, _masks(model, name, weight_restrictions[name]), path_of_run(output_path, name))
         for name in names

@@ -130,7 +130,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], durable: bool = Tru
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    content: memoryview = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    return content
 
 
 @contextmanager

@@ -2,37 +2,106 @@
 
 import importlib.metadata
 import platform
+import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import xxhash
-from torch import Tensor
+from torch import Tensor, nn
 
 from devinterp.engine.batches import Batches
 from devinterp.engine.checkpoint import Checkpoint
 from devinterp.engine.settings import Settings
 from devinterp.engine.tokens import Observable
+from devinterp.errors import InputTypeError, InputValueError, got
+from devinterp.store.fingerprints import Unreadable, architecture, fingerprint, ties
 
-UNSHOWABLE = "a loss_fn of the caller's"
+FORMAT = 1
+"""Of the fingerprints; another one when they, or the numbers of equal inputs, change"""
+
+ANOTHER = {
+    "weights and buffers of the model": "other values",
+    "architecture of the model": "other modules, hyperparameters or code (attributes set by a forward pass too: load it anew)",
+    "param_masks": "other parameters or elements move",
+    "dataset": "other values, or in another order or shape",
+}
+"""What differs, where only fingerprints are kept"""
+
+UNREADABLE = "not comparable"
+LONGEST_ID = 200
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is fingerprinted once for a whole suite, before anything runs: a function may hold what running it changes."""
+
+    architecture: str
+    ties: dict[str, str]
+    loss_fn: str
+    unreadable: str = ""
+    """why two loss functions cannot be compared; empty where they can"""
+
+    @classmethod
+    def of(cls, model: nn.Module, loss_fn: Any, loss_fn_id: Any) -> "Source":
+        check_loss_fn_id(loss_fn, loss_fn_id)
+        tree, tied = architecture(model), ties(model)
+        if loss_fn is None:
+            return cls(tree, tied, "next-token cross-entropy")
+        if loss_fn_id is not None:
+            return cls(tree, tied, f"loss_fn_id {loss_fn_id!r}")
+        try:
+            return cls(tree, tied, f"fingerprint {fingerprint(loss_fn, model)}")
+        except Unreadable as error:
+            return cls(tree, tied, UNREADABLE, str(error))
+
+    def warn_if_never_reused(self) -> None:
+        if self.unreadable:
+            warnings.warn(
+                f"loss_fn: it holds something that cannot be compared ({self.unreadable}), so what is stored at output_path "
+                "will not be recognised by the same call again. Pass loss_fn_id='my-loss-1', and another id whenever the "
+                "function changes.",
+                UserWarning,
+                stacklevel=2,
+            )
+
+
+def check_loss_fn_id(loss_fn: Any, loss_fn_id: Any) -> None:
+    if loss_fn_id is None:
+        return
+    allowed = f"a string of 1 to {LONGEST_ID} characters that stands for loss_fn"
+    if not isinstance(loss_fn_id, str):
+        raise InputTypeError(got("loss_fn_id", loss_fn_id, allowed, "Try loss_fn_id='focal-1'."))
+    if not loss_fn_id.strip() or len(loss_fn_id) > LONGEST_ID:
+        raise InputValueError(got("loss_fn_id", loss_fn_id, allowed, "Try loss_fn_id='focal-1'."))
+    if loss_fn is None:
+        raise InputValueError(got("loss_fn_id", loss_fn_id, "None without a loss_fn", "Pass loss_fn too, or neither."))
 
 
 def identity(
     settings: Settings,
+    source: Source,
     checkpoint: Checkpoint,
     digest: str,
     masks: Mapping[str, Tensor | None],
     batches: Batches,
     observables: tuple[Observable, ...],
 ) -> dict[str, Any]:
-    """Everything that changes the numbers of a run. Fingerprints protect against accident, not attack."""
+    """Everything that changes the numbers of a run. Fingerprints protect against accident, not attack.
+
+    Forward hooks of the model are not looked at: what they do cannot be told from what they only watch.
+    """
     return {
+        "format": FORMAT,
         **settings.stored(),
+        "architecture of the model": source.architecture,
+        "tied weights": source.ties,
         "weights and buffers of the model": digest,
         "param_masks": mask_digest(masks),
         "dataset": batches.tokens.digest,
         **{f"observable {observable.name}": observable.digest for observable in observables},
-        "loss_fn": "next-token cross-entropy" if checkpoint.loss_fn is None else UNSHOWABLE,
+        "loss_fn": source.loss_fn,
         "device type": checkpoint.device.type,
     }
 
@@ -40,8 +109,8 @@ def identity(
 def mask_digest(masks: Mapping[str, Tensor | None]) -> str:
     total = xxhash.xxh3_128()
     for name, mask in masks.items():
-        total.update(name.encode())
-        total.update(b"whole" if mask is None else mask.bool().cpu().contiguous().reshape(-1).numpy().data)
+        total.update(f"{len(name)} {name} {'whole' if mask is None else tuple(mask.shape)} ".encode())
+        total.update(b"" if mask is None else mask.bool().cpu().contiguous().reshape(-1).numpy().data)
     return total.hexdigest()
 
 
@@ -50,16 +119,26 @@ def differences(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str
     lines = []
     for name in [*asked, *(name for name in stored if name not in asked)]:
         old, new = stored.get(name), asked.get(name)
-        if name == "loss_fn" and UNSHOWABLE in (old, new):
-            lines.append("loss_fn: whether two functions are equal cannot be shown, so a run with one is never reused")
+        if name == "loss_fn" and UNREADABLE in (old, new):
+            lines.append(
+                "loss_fn: whether two functions are equal cannot be told, since one holds something that cannot be compared. "
+                "Pass loss_fn_id='my-loss-1' with both calls"
+            )
         elif name not in stored:
             lines.append(f"{name}: not in the stored run")
         elif name not in asked:
             lines.append(f"{name}: only in the stored run")
         elif old != new:
-            fingerprint = isinstance(new, str) and len(new) == 32
-            lines.append(f"{name}: other values" if fingerprint else f"{name}: stored {old!r}, asked {new!r}")
+            lines.append(f"{name}: {_difference(name, old, new)}")
     return lines
+
+
+def _difference(name: str, old: Any, new: Any) -> str:
+    if name == "loss_fn" and all(str(value).startswith("fingerprint ") for value in (old, new)):
+        return "another function (fingerprint)"
+    if name in ANOTHER or name.startswith("observable "):
+        return ANOTHER.get(name, "other values")
+    return f"stored {old!r}, asked {new!r}"
 
 
 def versions() -> dict[str, str]:

@@ -10,7 +10,7 @@ import xarray as xr
 
 from devinterp.engine.tokens import stored_name
 from devinterp.errors import InputTypeError, InputValueError, StoreError, got
-from devinterp.store.reader import observable_names
+from devinterp.store.reader import metadata_of, observable_names
 
 Numbers = npt.NDArray[np.int64]
 
@@ -85,6 +85,7 @@ def chosen_observables(ds: xr.Dataset, argument: str, asked: Any) -> list[str]:
     """Stored names of the observables asked for, in that order; all of them in sorted order for "all" and None."""
     known = observable_names(ds)
     if not known:
+        metadata_of(ds)  # without it there is no list of observables
         raise StoreError("the samples hold no observables: sample with observables={'name': dataset}.")
     if asked is None or (isinstance(asked, str) and asked == "all"):
         return sorted(known)

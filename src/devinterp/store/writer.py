@@ -36,11 +36,13 @@ def check_output_path(output_path: Any) -> Path | None:
         os.stat(path.absolute())
         is_other = not path.is_dir()
     except FileNotFoundError:
-        is_other = False
+        is_other = path.is_symlink()  # to nothing
     except (OSError, ValueError) as error:  # too long, a file among the parents, a null byte
         raise InputValueError(got("output_path", output_path, "a path of this file system", f"{error}.")) from error
     if is_other:
-        raise InputValueError(got("output_path", str(path), "a new or a run's directory", "It is a file: choose another."))
+        raise InputValueError(
+            got("output_path", str(path), "a new or a run's directory", "It is a file, or a link to nothing: choose another.")
+        )
     parent = next(folder for folder in path.absolute().parents if folder.exists())
     if not path.exists() and not os.access(parent, os.W_OK | os.X_OK):
         raise InputValueError(got("output_path", str(path), "in a writable directory", f"{parent} is not writable."))
