@@ -62,8 +62,7 @@ def run_to_store(request: Request, bar: Progress) -> Path:
         ChainDiverged: with on_diverged="raise".
     """
     known = _stored(request, bar)
-    if known is not None and known.attrs.get("completed"):
-        assert request.path is not None
+    if known is not None and known.attrs.get("completed") and request.path is not None:
         return request.path
     made = prepare(request, known, {}, first=True)
     if failures := _carry_out([made], None, bar):
@@ -93,7 +92,7 @@ def run_suite(requests: Mapping[str, Request], source: Path, bar: Progress) -> t
         else:
             runs[name] = open_store(made.store.path)
     for name, reason in failed.items():
-        logger.warning("restriction %s failed: %s", name, reason)
+        logger.warning("restriction %r failed: %s", name, reason)
     return {name: runs[name] for name in requests if name in runs}, failed
 
 
@@ -140,7 +139,7 @@ def _stored(request: Request, bar: Progress) -> xr.DataTree | None:
     if known is not None and request.inputs.on_diverged == "raise":
         _raise_for_diverged(known)
     if known is not None and known.attrs.get("completed"):
-        logger.info("%s holds this very run, complete; nothing to compute", request.path)
+        logger.info("%r holds this very run, complete; nothing to compute", str(request.path))
         bar.skip(request.inputs.num_rows)
     return known
 

@@ -217,9 +217,16 @@ def _check_names(given: Any) -> list[str]:
         raise InputValueError(got("weight_restrictions", list(given), "'full' and at least one more", "Try 'l0h0': 'l0h0'."))
     seen: dict[str, str] = {}
     for name in given:
-        if not isinstance(name, str) or not name.strip() or len(name) > 100 or any(c in name for c in "/\\\0"):
-            fix = "It becomes part of a file name. Try 'l0h0'."
-            raise InputValueError(got("weight_restrictions", name, "a name of up to 100 characters without slashes", fix))
+        if (
+            not isinstance(name, str)
+            or not name.strip()
+            or len(name) > 100
+            or "/" in name
+            or "\\" in name
+            or not name.isprintable()
+        ):
+            allowed = "a name of up to 100 printable characters without slashes"
+            raise InputValueError(got("weight_restrictions", name, allowed, "It becomes part of a file name. Try 'l0h0'."))
         if (folded := name.casefold()) in seen:
             raise InputValueError(f"weight_restrictions: {name!r} and {seen[folded]!r} would share a file. Rename one of them.")
         seen[folded] = name

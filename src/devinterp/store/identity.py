@@ -13,6 +13,7 @@ from devinterp.engine.batches import Batches
 from devinterp.engine.checkpoint import Checkpoint
 from devinterp.engine.settings import Settings
 from devinterp.engine.tokens import Observable
+from devinterp.errors import shown
 
 UNSHOWABLE = "a loss_fn of the caller's"
 
@@ -55,10 +56,10 @@ def differences(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str
         elif name not in stored:
             lines.append(f"{name}: not in the stored run")
         elif name not in asked:
-            lines.append(f"{name}: only in the stored run")
+            lines.append(f"{name if name.isprintable() else shown(name)}: only in the stored run")
         elif old != new:
             fingerprint = isinstance(new, str) and len(new) == 32
-            lines.append(f"{name}: other values" if fingerprint else f"{name}: stored {old!r}, asked {new!r}")
+            lines.append(f"{name}: other values" if fingerprint else f"{name}: stored {shown(old)}, asked {shown(new)}")
     return lines
 
 

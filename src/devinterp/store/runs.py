@@ -20,6 +20,7 @@ from devinterp.engine.tokens import Observable
 from devinterp.errors import InputValueError, RunMismatchError, StoreError, got
 from devinterp.store.identity import differences, versions
 from devinterp.store.reader import metadata_of, open_store
+from devinterp.store.samples import root_of
 from devinterp.store.schema import Variable, variables
 from devinterp.store.writer import StoreWriter
 
@@ -56,14 +57,19 @@ def stored_run(path: Path | None, fingerprint: dict[str, Any]) -> xr.DataTree | 
         return None
     try:
         known = open_store(path)
-        stored = metadata_of(known).get("identity")
+        metadata = metadata_of(known)
     except StoreError as error:
         fix = "Nothing was changed. Choose another output_path."
         raise InputValueError(got("output_path", str(path), "new, or a run of devinterp", fix)) from error
-    if not isinstance(stored, dict):
+    if "identity" not in metadata:
         raise RunMismatchError(str(path), ["identity: this store has none (devinterp 2.0 wrote none)"])
-    if lines := differences(stored, fingerprint):
+    if lines := differences(metadata["identity"], fingerprint):
         raise RunMismatchError(str(path), lines)
+    root_of(known)
+    missing = [name for name in ("step_size", "computed") if name not in metadata]
+    missing += [name for name in ("chain_status", "diverged_at") if name not in known]
+    if missing:
+        raise StoreError(f"the store {str(path)!r} lacks {missing}: it was changed. Choose another output_path.")
     return known
 
 
