@@ -125,7 +125,7 @@ def test_susceptibilities_of_all_heads(folder, cli):
     table = {line.split()[0]: line for line in done.stdout.split("\n") if line.startswith("  l0h")}
     assert set(table) == {"l0h0", "l0h1"}
     assert "[" in table["l0h0"]
-    assert "sus_l0h0 and its like" in done.stdout
+    assert "'sus_l0h0' and its like" in done.stdout
     more = cli(*arguments, "--components", "l0h1, l0 mlp", "--estimator", "one_chain", "--raw")
     assert more.returncode == 0, more.stderr
     assert more.stderr.count("nothing to compute") == 2, "full and l0h1 were there"

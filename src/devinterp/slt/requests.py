@@ -114,7 +114,9 @@ class Request:
 
     def stored(self) -> xr.DataTree | None:
         """The run at the path if it is this one; refuses any other thing that is there."""
-        return stored_run(self.path, self.fingerprint)
+        inputs = self.inputs
+        _, sizes = layout(inputs.settings, inputs.batches.tokens.length, inputs.observables)
+        return stored_run(self.path, self.fingerprint, sizes)
 
 
 def request_of(

@@ -51,7 +51,7 @@ class Run:
 
 def run(request: Request, bar: Progress) -> xr.DataTree:
     """The run asked for: as stored, or finished, or made."""
-    return open_store(run_to_store(request, bar))
+    return open_store(run_to_store(request, bar), ours=True)
 
 
 def run_to_store(request: Request, bar: Progress) -> Path:
@@ -90,7 +90,7 @@ def run_suite(requests: Mapping[str, Request], source: Path, bar: Progress) -> t
         if number in failures:
             failed[name] = failures[number].message
         else:
-            runs[name] = open_store(made.store.path)
+            runs[name] = open_store(made.store.path, ours=True)
     for name, reason in failed.items():
         logger.warning("restriction %r failed: %s", name, reason)
     return {name: runs[name] for name in requests if name in runs}, failed

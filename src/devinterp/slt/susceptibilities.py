@@ -19,7 +19,7 @@ from devinterp.slt.requests import Inputs, Request
 from devinterp.slt.running import run_suite, run_to_store
 from devinterp.slt.suites import FULL, Suite, moments_of, table
 from devinterp.slt.weight_restrictions import create_param_masks
-from devinterp.store.reader import metadata_of
+from devinterp.store.reader import metadata_of, open_store
 from devinterp.store.runs import layout
 from devinterp.store.samples import Samples, root_of, usable_chains
 from devinterp.store.writer import check_space
@@ -182,7 +182,7 @@ class Options:
 def _run_all(requests: Mapping[str, Request], options: Options, bar: Progress) -> tuple[dict[str, Samples], dict[str, str]]:
     """The run of the whole model, then every restriction's at its step size; what failed, and why."""
     source = run_to_store(requests[FULL], bar)
-    full = root_of(source)
+    full = root_of(open_store(source, ours=True))
     usable_chains(full, options.on_diverged)
     lr = metadata_of(full)["step_size"]["lr"]
     bar.describe(f"{len(requests) - 1} restrictions")

@@ -64,8 +64,10 @@ class Totals:
     files: int = 0
 
 
-def check_store(root: Path) -> None:
+def check_store(root: Path, *, ours: bool = False) -> None:
     """Refuse what no store of ours holds, by names, kinds and sizes of files and by the declarations in their metadata.
+
+    `ours`: of the size that was asked for, however little of it is computed yet.
 
     Raises:
         StoreError: something that runs code, lies outside, or takes more memory or time than its files can justify.
@@ -79,6 +81,8 @@ def check_store(root: Path) -> None:
             folders += [(path, array) for path in _look_through(root, folder, array, totals)]
     except OSError as error:
         raise _refused(root, root, f"cannot be read: {error}", "Check its files and your permissions.") from error
+    if ours:
+        return
     allowed = max(most, MOST_GROWTH * totals.bytes_on_disk)
     if totals.bytes_declared > allowed:
         fix = f"If you trust it, set {LIMIT_VARIABLE}={totals.bytes_declared} in the environment."

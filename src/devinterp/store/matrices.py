@@ -58,7 +58,7 @@ class MatrixWriter:
         self._made.rename(self.path)
 
     def open(self) -> xr.Dataset:
-        return open_store(self.path).to_dataset()
+        return open_store(self.path, ours=True).to_dataset()
 
     def _add(self, name: str, dims: tuple[str, ...], values: np.ndarray[Any, Any]) -> None:
         described = Variable(dims, str(values.dtype), name, chunks=values.shape)

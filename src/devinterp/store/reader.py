@@ -10,11 +10,18 @@ from devinterp.errors import InputTypeError, StoreError, got, shown
 from devinterp.store.guard import check_store
 from devinterp.store.metadata import check_metadata, is_number
 
+AS_STORED: dict[str, Any] = {
+    "mask_and_scale": False, "decode_times": False, "decode_timedelta": False,
+    "concat_characters": False, "decode_coords": False,
+}  # fmt: skip
+"""No attribute of an array changes its numbers"""
 
-def open_store(path: str | os.PathLike[str]) -> xr.DataTree:
+
+def open_store(path: str | os.PathLike[str], *, ours: bool = False) -> xr.DataTree:
     """The stored run, lazily: arrays are read when used. Works while the run is going on.
 
-    The one way by which stores are read: nothing of a store is decoded before `check_store` has passed it.
+    The one way by which stores are read: nothing of a store is decoded before `check_store` has passed it. `ours` is for stores
+    that were just written, or whose sizes the caller compares with those asked for.
     """
     if not isinstance(path, str | os.PathLike):
         raise InputTypeError(got("path", path, "the path of a store", "Give the output_path of a run."))
@@ -26,9 +33,9 @@ def open_store(path: str | os.PathLike[str]) -> xr.DataTree:
         raise StoreError(f"{name} is not a store: {error}. Give the output_path of a run.") from error
     if not found:
         raise StoreError(f"{name} is not a store: it has no zarr.json. Give the output_path of a run.")
-    check_store(folder)
+    check_store(folder, ours=ours)
     try:
-        return xr.open_datatree(folder, engine="zarr", consolidated=False, zarr_format=3)
+        return xr.open_datatree(folder, engine="zarr", consolidated=False, zarr_format=3, **AS_STORED)
     except Exception as error:  # whatever a damaged store makes of zarr and xarray
         reason = shown(f"{type(error).__name__}: {error}", 300)
         raise StoreError(f"{name} cannot be read as a store: {reason}. Ask for another copy, or run it again.") from error

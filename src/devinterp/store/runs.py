@@ -4,7 +4,7 @@ import atexit
 import json
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from devinterp.engine.chain import Plan
 from devinterp.engine.metrics import METRICS
 from devinterp.engine.settings import Settings
 from devinterp.engine.tokens import Observable
-from devinterp.errors import InputValueError, RunMismatchError, StoreError, got
+from devinterp.errors import InputValueError, RunMismatchError, StoreError, got, shown
 from devinterp.store.identity import differences, versions
 from devinterp.store.reader import metadata_of, open_store
 from devinterp.store.samples import root_of
@@ -51,12 +51,12 @@ def metadata_for(
     }
 
 
-def stored_run(path: Path | None, fingerprint: dict[str, Any]) -> xr.DataTree | None:
+def stored_run(path: Path | None, fingerprint: dict[str, Any], sizes: Mapping[str, int]) -> xr.DataTree | None:
     """The run at `path` when it is the one asked for; refuses any other thing that is there."""
     if path is None or not path.exists():
         return None
     try:
-        known = open_store(path)
+        known = open_store(path, ours=True)
         metadata = metadata_of(known)
     except StoreError as error:
         fix = "Nothing was changed. Choose another output_path."
@@ -66,6 +66,8 @@ def stored_run(path: Path | None, fingerprint: dict[str, Any]) -> xr.DataTree | 
     if lines := differences(metadata["identity"], fingerprint):
         raise RunMismatchError(str(path), lines)
     root_of(known)
+    if other := {str(dim): size for dim, size in known.sizes.items() if size != sizes.get(str(dim))}:
+        raise StoreError(f"the store {str(path)!r} has the sizes {shown(other)}: it was changed. Choose another output_path.")
     missing = [name for name in ("step_size", "computed") if name not in metadata]
     missing += [name for name in ("chain_status", "diverged_at") if name not in known]
     if missing:
