@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import xarray as xr
+from zarr.storage import LocalStore
 
 from devinterp.errors import InputTypeError, StoreError, got, shown
 from devinterp.store.guard import check_store
@@ -25,7 +26,7 @@ def open_store(path: str | os.PathLike[str], *, ours: bool = False) -> xr.DataTr
     """
     if not isinstance(path, str | os.PathLike):
         raise InputTypeError(got("path", path, "the path of a store", "Give the output_path of a run."))
-    folder = Path(path).absolute()  # a relative one like "memory::x" would be taken for a URL
+    folder = Path(path).absolute()
     name = shown(os.fspath(path), 300)
     try:
         found = (folder / "zarr.json").is_file()
@@ -34,8 +35,9 @@ def open_store(path: str | os.PathLike[str], *, ours: bool = False) -> xr.DataTr
     if not found:
         raise StoreError(f"{name} is not a store: it has no zarr.json. Give the output_path of a run.")
     check_store(folder, ours=ours)
+    local = LocalStore(folder, read_only=True)  # a path that holds "::" would be taken for a URL
     try:
-        return xr.open_datatree(folder, engine="zarr", consolidated=False, zarr_format=3, **AS_STORED)
+        return xr.open_datatree(local, engine="zarr", consolidated=False, zarr_format=3, **AS_STORED)
     except Exception as error:  # whatever a damaged store makes of zarr and xarray
         reason = shown(f"{type(error).__name__}: {error}", 300)
         raise StoreError(f"{name} cannot be read as a store: {reason}. Ask for another copy, or run it again.") from error
