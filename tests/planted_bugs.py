@@ -30,6 +30,8 @@ LAWS, CHAIN, MODEL, LLC = "tests/test_laws.py", "tests/test_chain.py", "tests/te
 SGLD, LM = "samplers/sgld.py", "samplers/leimkuhler_matthews.py"
 BIF, SUS, DEAD = "tests/test_bif.py", "tests/test_susceptibilities.py", "tests/test_dead_heads.py"
 FAST, PLACE = "tests/test_fast_paths.py", "tests/test_placement.py"
+STRANGERS, ATTRIBUTES = "tests/test_strangers.py", "tests/test_hostile_metadata.py"
+NAMES, DOORS, GUARD = "tests/test_hostile_names.py", "tests/test_no_side_doors.py", "store/guard.py"
 RMS, LOOP = "samplers/rmsprop_sgld.py", "engine/chain.py"
 
 BUGS = [
@@ -101,6 +103,46 @@ BUGS = [
     Bug("no baseline where chains are done", "slt/running.py", "Baseline(runs[i].plan, runs[i].store, source)) for i in numbers",
         "Baseline(runs[i].plan, runs[i].store, source)) for i in numbers if due[i]", PLACE),
     Bug("a death takes all chains", "engine/placement.py", "yield from attempt([i], 1)", "break", PLACE),
+    Bug("stores opened unseen", "store/reader.py", "    check_store(folder, ours=ours)\n", "", STRANGERS),
+    Bug("links followed", GUARD, "if entry.is_symlink():", "if False:", STRANGERS),
+    Bug("pipes let in", GUARD, "if not entry.is_file(follow_symlinks=False):", "if False:", STRANGERS),
+    Bug("format 2 beside format 3", GUARD, 'if entry.name in (".zgroup", ".zarray", ".zattrs", ".zmetadata"):', "if False:", STRANGERS),
+    Bug("any codec", GUARD, "if names not in CODECS:", "if not names:", STRANGERS),
+    Bug("any data type", GUARD, 'if declared.get("data_type") not in NUMBERS:', 'if "data_type" not in declared:', STRANGERS),
+    Bug("depth not looked at", GUARD, "if _too_deep(declared):", "if False:", STRANGERS),
+    Bug("recursion not caught", GUARD, "except (ValueError, RecursionError) as error:", "except ValueError as error:", STRANGERS),
+    Bug("metadata of any length", GUARD, "if found.st_size > MOST_METADATA_BYTES:", "if False:", STRANGERS),
+    Bug("a store of any size", GUARD, "if totals.bytes_declared > allowed:", "if False:", STRANGERS),
+    Bug("any number of chunks", GUARD, "if totals.chunks_declared > max(", "if 0 > max(", STRANGERS),
+    Bug("chunks of any size", GUARD, "if chunk > MOST_CHUNK_BYTES:", "if False:", STRANGERS),
+    Bug("coordinates of any size", GUARD, "and whole > MOST_COORDINATE_BYTES", "and False", STRANGERS),
+    Bug("growth not looked at", GUARD, "decoded > MOST_CHUNK_GROWTH * size", "False", STRANGERS),
+    Bug("decodes to more than declared", GUARD, "if decoded > array.chunk_bytes:", "if False:", STRANGERS),
+    Bug("the first frame only", "store/frames.py", " or _end(file, start + width) + (4 if descriptor & 4 else 0) != size", "", STRANGERS),
+    Bug("frames of unknown size", GUARD, "if decoded is None:\n", "if decoded is None:\n        return\n", STRANGERS),
+    Bug("names of a store raw", GUARD, 'f" at {shown(inside)}"', 'f" at {inside}"', STRANGERS),
+    Bug("only OSError is a StoreError", "store/reader.py", "except Exception as error:", "except OSError as error:", ATTRIBUTES),
+    Bug("attributes scale losses", "store/reader.py", '"mask_and_scale": False', '"mask_and_scale": True', ATTRIBUTES),
+    Bug("NaN is an n_beta", "store/metadata.py", "and abs(value) < 1e300", "", ATTRIBUTES),
+    Bug("True is a number", "store/metadata.py", "and not isinstance(value, bool) ", "", ATTRIBUTES),
+    Bug("observables unchecked", "store/metadata.py", '    _check_observables(config.get("observables", []))\n', "", ATTRIBUTES),
+    Bug("parts unchecked", "store/metadata.py", "        if name in metadata:\n", "        if False:\n", ATTRIBUTES),
+    Bug("layout unchecked", "store/samples.py", "    _check_layout(samples)\n", "", ATTRIBUTES),
+    Bug("a status without meaning", "store/samples.py", "sorted(set(status) - set(range(len(STATUS_MEANINGS))))", "[]", ATTRIBUTES),
+    Bug("other sizes gone on with", "store/runs.py", "if size != sizes.get(str(dim))", "if False", ATTRIBUTES),
+    Bug("escapes in settings", "cli/printing.py", "if c.isprintable() or c", "if True or c", NAMES),
+    Bug("a path is a URL", "store/reader.py", "xr.open_datatree(local,", "xr.open_datatree(os.fspath(path),", NAMES),
+    Bug("URLs made as folders", "store/writer.py", ":(//|:)", ":(//////|::::)", NAMES),
+    Bug("observables by their own name", "engine/tokens.py", "    return mapped\n", "    return name\n", NAMES),
+    Bug("restrictions with slashes", "slt/susceptibilities.py", 'or "/" in name', "", NAMES),
+    Bug("restrictions with escapes", "slt/susceptibilities.py", "or not name.isprintable()", "", NAMES),
+    Bug("temporary names by the run", "store/writer.py", 'Path(private) / "store"', 'path.parent / f".{path.name}.partial"', NAMES),
+    Bug("folders for everybody", "store/writer.py", "        made.mkdir()\n", "        made.mkdir()\n        made.chmod(0o777)\n", NAMES),
+    Bug("links to nothing filled", "store/writer.py", "if path.is_symlink() and not path.exists():", "if False:", NAMES),
+    Bug("the path of the store in the store", "store/runs.py", '"device": str(device.type),',
+        '"device": str(device.type), "from": __import__("os").getcwd(),', DOORS),
+    Bug("checks as asserts", GUARD, "            if entry.is_symlink():\n", "            if __debug__ and entry.is_symlink():\n", DOORS),
+    Bug("a checksum left out", "store/writer.py", "checksum=True", "checksum=False", "tests/test_bit_flips.py"),
     Bug("the path of a store forgotten", "slt/running.py", "if stored else decide(asked", "if False else decide(asked", PLACE),
 ]  # fmt: skip
 

@@ -140,7 +140,10 @@ def test_links_and_pipes_are_refused(tmp_path, what):
             secret.write_bytes(metadata.read_bytes())
         at.unlink()
         at.symlink_to(secret)
-    with pytest.raises(StoreError, match="link|neither a file nor a folder|not a regular file"):
+    with pytest.raises(
+        StoreError,
+        match="not a regular file" if "metadata" in what else "neither a file" if what == "pipe" else "a symbolic link",
+    ):
         devinterp.compute_llc(store)
 
 
@@ -224,7 +227,7 @@ def test_a_larger_store_can_be_allowed(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("text", ["[" * 200_000, '{"a":' * 200_000, '{"attributes": ' + "[" * 900 + "]" * 900 + "}", "[]", "nul",
                                   "\xff", '{"zarr_format": 3, "node_type": "group", "attributes": {"a": ' + "[" * 50 + "]" * 50 + "}}",
-                                  " " * (16 * 2**20 + 1)], ids=lambda text: text[:12].strip() or "long")  # fmt: skip
+                                  '{"zarr_format": 3, "node_type": "group", "attributes": {"long": "' + "x" * 2**24 + '"}}'], ids=lambda text: text[:12] + str(len(text)))  # fmt: skip
 @pytest.mark.parametrize("node", ["", "n_beta"])
 def test_json_that_is_deep_long_or_none(tmp_path, text, node):
     store = finished(tmp_path)
