@@ -211,10 +211,10 @@ import devinterp
 from devinterp.errors import StoreError
 store = Path(sys.argv[1])
 print(repr(float(devinterp.compute_llc(store).llc_mean)))
-for node, word in (("n_beta", "[1]"), ("init_loss", '"vlen-utf8"')):
+for node, old, new in (("n_beta", '"float64"', "[1]"), ("init_loss", '"bytes"', '"vlen-utf8"')):
     file = store / node / "zarr.json"
     text = file.read_text()
-    file.write_text(text.replace('"float64"', word).replace('"bytes"', word).replace('"float32"', word))
+    file.write_text(text.replace(old, new))
     try:
         devinterp.compute_llc(store)
     except StoreError as error:
