@@ -78,7 +78,7 @@ def test_llc_then_show(folder, cli):
     assert "LLC " in done.stdout
     assert "± " in done.stdout
     assert "on lines" in done.stdout
-    assert "saved in llc-model" in done.stdout
+    assert "saved in 'llc-model'" in done.stdout
     assert "leimkuhler_matthews, lr " in done.stdout
     assert "localization 300" in done.stdout
     assert "lr='auto'" in done.stderr
@@ -125,7 +125,7 @@ def test_susceptibilities_of_all_heads(folder, cli):
     table = {line.split()[0]: line for line in done.stdout.split("\n") if line.startswith("  l0h")}
     assert set(table) == {"l0h0", "l0h1"}
     assert "[" in table["l0h0"]
-    assert "sus_l0h0 and its like" in done.stdout
+    assert "'sus_l0h0' and its like" in done.stdout
     more = cli(*arguments, "--components", "l0h1, l0 mlp", "--estimator", "one_chain", "--raw")
     assert more.returncode == 0, more.stderr
     assert more.stderr.count("nothing to compute") == 2, "full and l0h1 were there"
@@ -230,7 +230,7 @@ def test_an_interrupted_run_says_so_and_how_to_go_on(cli, monkeypatch):
 def test_as_a_module_in_a_process_of_its_own(folder):
     done = subprocess.run([sys.executable, "-m", "devinterp", "show", "nowhere"], capture_output=True, text=True, timeout=100)
     assert done.returncode == 1
-    assert done.stderr.startswith("error: nowhere is not a store")
+    assert done.stderr.startswith("error: 'nowhere' is not a store")
 
 
 def test_help_is_quick_and_complete():

@@ -175,7 +175,10 @@ def test_one_call_samples_every_restriction_and_goes_on_where_it_stopped(tmp_pat
     assert calls
     after = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*") if file.is_file()}
     assert {file: after[file] for file in before} == before, "only the new restriction was sampled"
-    assert {file.relative_to(tmp_path).parts[0] for file in after.keys() - before.keys()} == {"suite_embed.zarr", "suite_embed.zarr.run"}
+    assert {file.relative_to(tmp_path).parts[0] for file in after.keys() - before.keys()} == {
+        "suite_embed.zarr",
+        "suite_embed.zarr.run",
+    }
 
 
 def test_the_step_size_is_chosen_on_the_whole_model(tmp_path):

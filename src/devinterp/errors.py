@@ -20,11 +20,15 @@ class InputTypeError(DevinterpInputError, TypeError):
     """The type is wrong."""
 
 
+def shown(value: Any, longest: int = 80) -> str:
+    """A value in a message: as a repr, so that no control character of it reaches a terminal, and of bounded length."""
+    text = repr(value)
+    return text if len(text) <= longest else text[: longest - 3] + "..."
+
+
 def got(argument: str, value: Any, allowed: str, fix: str) -> str:
     """The one form of an input error: argument and value, what is allowed, what to try."""
-    shown = repr(value)
-    shown = shown if len(shown) <= 80 else shown[:77] + "..."
-    return f"{argument}={shown}: must be {allowed}. {fix}"
+    return f"{argument}={shown(value)}: must be {allowed}. {fix}"
 
 
 class RunMismatchError(DevinterpInputError, ValueError):
@@ -33,7 +37,7 @@ class RunMismatchError(DevinterpInputError, ValueError):
     def __init__(self, path: str, differences: Sequence[str]):
         listed = "\n".join(f"  - {line}" for line in differences)
         super().__init__(
-            f"{path} holds a run with other inputs than those asked for:\n{listed}\n"
+            f"{path!r} holds a run with other inputs than those asked for:\n{listed}\n"
             "Nothing was changed. Choose another output_path, or ask for the run that is stored."
         )
         self.differences = list(differences)

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from devinterp.cli import commands
+from devinterp.cli.printing import inert
 from devinterp.errors import DevinterpError, DevinterpInputError, StoreError
 
 app = typer.Typer(
@@ -66,7 +67,7 @@ def main() -> None:
 
 def _report(error: Exception) -> int:
     usage = getattr(error, "format_message", None)
-    typer.echo(f"error: {usage() if usage else error}", err=True)
+    typer.echo(inert(f"error: {usage() if usage else error}"), err=True)
     if usage or (isinstance(error, DevinterpInputError) and not isinstance(error, StoreError)):
         return 2
     if not isinstance(error, DevinterpError | OSError):
@@ -75,4 +76,4 @@ def _report(error: Exception) -> int:
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    typer.echo(f"warning: {message}", err=True)
+    typer.echo(inert(f"warning: {message}"), err=True)

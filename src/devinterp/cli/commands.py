@@ -26,15 +26,17 @@ def llc_command(job: Job) -> None:
     path = job.path("llc")
     samples = sample(job.model, job.dataset, job.observables, output_path=path, device=job.device, **job.settings)
     print_summary(samples, compute_llc(samples))
-    typer.echo(f"\nsaved in {path}: losses at every draw and all settings. Look again with: devinterp show {path}")
+    typer.echo(f"\nsaved in {str(path)!r}: losses at every draw and all settings. Look again with devinterp show.")
 
 
 def show_command(store: Annotated[Path, typer.Argument(help="Directory of a store.")]) -> None:
     """Summarise a store: settings, chains, losses, LLC."""
     from devinterp.slt.llc import compute_llc
     from devinterp.store.reader import open_store
+    from devinterp.store.samples import root_of
 
     samples = open_store(store)
+    root_of(samples)
     print_settings(samples)
     print_chains(samples)
     try:
@@ -91,8 +93,8 @@ def bif_command(
         typer.echo(f"  {float(one.influences):+.3g}  {texts[0]}  ~  {texts[1]}")
     if save is not None:
         compute_bif(samples, output_path=save, **options)
-        typer.echo(f"\ninfluences in {save}")
-    typer.echo(f"\nsamples in {path}; from Python: devinterp.compute_bif({str(path)!r})")
+        typer.echo(f"\ninfluences in {str(save)!r}")
+    typer.echo(f"\nsamples in {str(path)!r}; from Python: devinterp.compute_bif({str(path)!r})")
 
 
 @sampling_command
@@ -124,9 +126,9 @@ def susceptibilities_command(
     sus_names = tree["susceptibilities"].wr.values.tolist()
     if save is not None:
         tree.to_zarr(save, consolidated=False)
-        typer.echo(f"\nsusceptibilities in {save}")
+        typer.echo(f"\nsusceptibilities in {str(save)!r}")
     example = path_of_run(path, sus_names[0])
-    typer.echo(f"\nsamples in {example} and its like; the same command goes on where it stopped")
+    typer.echo(f"\nsamples in {str(example)!r} and its like; the same command goes on where it stopped")
 
 
 def components_command(
@@ -147,7 +149,7 @@ def components_command(
     rows = [("component", "weights", "share")]
     rows += [(name, f"{count:,}", f"{count / total:.2%}") for name, count in inventory(loaded, structure(loaded))]
     print_table(rows)
-    typer.echo(f"\n{total:,} weights in all. Show one with: devinterp components {model} l0h0")
+    typer.echo(f"\n{total:,} weights in all. Show one with: devinterp components MODEL l0h0")
 
 
 def _need_observables(job: Job, example: str) -> None:

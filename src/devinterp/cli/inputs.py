@@ -14,8 +14,9 @@ def load_model(model: str, revision: str | None) -> tuple[Any, Any]:
     if not sys.stderr.isatty():
         disable_progress_bar()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model, revision=revision)
-        return AutoModelForCausalLM.from_pretrained(model, revision=revision), tokenizer
+        # without the False, transformers asks at a terminal whether to run the code that comes with a checkpoint
+        tokenizer = AutoTokenizer.from_pretrained(model, revision=revision, trust_remote_code=False)
+        return AutoModelForCausalLM.from_pretrained(model, revision=revision, trust_remote_code=False), tokenizer
     except (OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
         fix = f"Check the path or name. ({reason})"

@@ -72,7 +72,7 @@ class Job:
     @cached_property
     def dataset(self) -> Any:
         tokens = self._tokens("--data", self.data)
-        typer.echo(f"{len(tokens)} sequences of {self.context} tokens from {self.data}")
+        typer.echo(f"{len(tokens)} sequences of {self.context} tokens from {self.data!r}")
         return tokens
 
     @cached_property

@@ -9,13 +9,18 @@ if TYPE_CHECKING:
     import xarray as xr
 
 
+def inert(text: str) -> str:
+    """Text of others for a terminal: control characters are spelled out, lines stay lines."""
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+
+
 def print_settings(samples: "xr.DataTree") -> None:
     from devinterp.store.reader import metadata_of
 
     metadata = metadata_of(samples)
     typer.echo("settings")
     for name, value in metadata["config"]["sampler"].items():
-        typer.echo(f"  {name:<40} {value}")
+        typer.echo(inert(f"  {name:<40} {value}"))
     if "model" in metadata:
         model = metadata["model"]
         typer.echo(f"  {'model':<40} {model['class']}, {model['parameters']:,} parameters")
@@ -26,7 +31,7 @@ def print_chains(samples: "xr.DataTree") -> None:
 
     ds = samples.to_dataset()
     typer.echo("chains")
-    if "chain_status" not in ds:
+    if not {"chain_status", "diverged_at", "step_loss"} <= set(ds):
         typer.echo(f"  {ds.sizes['chain']} chains, made by devinterp 2.0 (no status kept)")
         return
     for chain, (status, at) in enumerate(zip(ds["chain_status"].values, ds["diverged_at"].values, strict=True)):

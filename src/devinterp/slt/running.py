@@ -65,7 +65,7 @@ class Run:
 
 def run(request: Request, bar: Progress) -> xr.DataTree:
     """The run asked for: as stored, or finished, or made."""
-    return open_store(run_to_store(request, bar))
+    return open_store(run_to_store(request, bar), ours=True)
 
 
 def run_to_store(request: Request, bar: Progress) -> Path:
@@ -75,8 +75,7 @@ def run_to_store(request: Request, bar: Progress) -> Path:
         ChainFailed: a chain ended in an error; the others are stored.
         ChainDiverged: with on_diverged="raise".
     """
-    if _is_complete(request, bar):
-        assert request.path is not None
+    if _is_complete(request, bar) and request.path is not None:
         return request.path
     with ExitStack() as held, stop_signals() as stop, request.told_of_the_disk():
         made = prepare(request, {}, held, first=True)
@@ -95,8 +94,7 @@ def run_suite(requests: Mapping[str, Request], source: Path, bar: Progress) -> t
     with ExitStack() as held, stop_signals() as stop:
         for name, request in requests.items():
             try:
-                if _is_complete(request, bar):
-                    assert request.path is not None
+                if _is_complete(request, bar) and request.path is not None:
                     paths[name] = request.path
                 else:
                     prepared[name] = prepare(request, forwards, held, first=False, num_runs=len(requests))
@@ -111,8 +109,8 @@ def run_suite(requests: Mapping[str, Request], source: Path, bar: Progress) -> t
         else:
             paths[name] = made.store.path
     for name, reason in failed.items():
-        logger.warning("restriction %s failed: %s", name, reason)
-    return {name: open_store(paths[name]) for name in requests if name in paths}, failed
+        logger.warning("restriction %r failed: %s", name, reason)
+    return {name: open_store(paths[name], ours=True) for name in requests if name in paths}, failed
 
 
 def prepare(request: Request, forwards: Forwards, held: ExitStack, *, first: bool, num_runs: int = 1) -> Run:
@@ -162,12 +160,11 @@ def _placed(plan: Plan, asked: str, stored: Mapping[str, Any] | None, num_runs: 
 def _is_complete(request: Request, bar: Progress) -> bool:
     """Whether the very run asked for is stored, with nothing missing or damaged."""
     known = request.stored()
-    if known is None or not known.completed:
+    if known is None or not known.completed or request.path is None:
         return False
-    assert request.path is not None
     if request.inputs.on_diverged == "raise":
-        _raise_for_diverged(open_store(request.path))
-    logger.info("%s holds this very run, complete; nothing to compute", request.path)
+        _raise_for_diverged(open_store(request.path, ours=True))
+    logger.info("%r holds this very run, complete; nothing to compute", str(request.path))
     bar.skip(request.inputs.num_rows)
     return True
 

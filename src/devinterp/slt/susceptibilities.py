@@ -19,7 +19,7 @@ from devinterp.slt.requests import Inputs, Request
 from devinterp.slt.running import run_suite, run_to_store
 from devinterp.slt.suites import FULL, Suite, moments_of, table
 from devinterp.slt.weight_restrictions import create_param_masks
-from devinterp.store.reader import metadata_of
+from devinterp.store.reader import metadata_of, open_store
 from devinterp.store.runs import layout
 from devinterp.store.samples import Samples, root_of, usable_chains
 from devinterp.store.writer import check_space
@@ -183,7 +183,7 @@ class Options:
 def _run_all(requests: Mapping[str, Request], options: Options, bar: Progress) -> tuple[dict[str, Samples], dict[str, str]]:
     """The run of the whole model, then every restriction's at its step size; what failed, and why."""
     source = run_to_store(requests[FULL], bar)
-    full = root_of(source)
+    full = root_of(open_store(source, ours=True))
     usable_chains(full, options.on_diverged)
     lr = metadata_of(full)["step_size"]["lr"]
     bar.describe(f"{len(requests) - 1} restrictions")
@@ -218,9 +218,16 @@ def _check_names(given: Any) -> list[str]:
         raise InputValueError(got("weight_restrictions", list(given), "'full' and at least one more", "Try 'l0h0': 'l0h0'."))
     seen: dict[str, str] = {}
     for name in given:
-        if not isinstance(name, str) or not name.strip() or len(name) > 100 or any(c in name for c in "/\\\0"):
-            fix = "It becomes part of a file name. Try 'l0h0'."
-            raise InputValueError(got("weight_restrictions", name, "a name of up to 100 characters without slashes", fix))
+        if (
+            not isinstance(name, str)
+            or not name.strip()
+            or len(name) > 100
+            or "/" in name
+            or "\\" in name
+            or not name.isprintable()
+        ):
+            allowed = "a name of up to 100 printable characters without slashes"
+            raise InputValueError(got("weight_restrictions", name, allowed, "It becomes part of a file name. Try 'l0h0'."))
         if (folded := name.casefold()) in seen:
             raise InputValueError(f"weight_restrictions: {name!r} and {seen[folded]!r} would share a file. Rename one of them.")
         seen[folded] = name

@@ -8,8 +8,8 @@
 A record is written after what it speaks of, so whatever it lists is there, unless the disk or a person has changed it.
 """
 
-import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
@@ -21,8 +21,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from devinterp.errors import InputValueError, got
+from devinterp.errors import InputValueError, StoreError, got
 from devinterp.store.durable import digest_of, read_record, sync, sync_all, sync_tree, write_record, write_tensors
+from devinterp.store.guard import attributes_of
 
 FINAL_STATE_BYTES = 64 * 2**20
 """A finished chain's state up to this size is kept, so that more draws can be taken from where it ended"""
@@ -51,7 +52,7 @@ class Progress:
 
     @classmethod
     def of(cls, record: Mapping[str, Any] | None) -> "Progress | None":
-        if record is None or set(record) != set(cls.__dataclass_fields__):
+        if record is None or set(record) != set(cls.__dataclass_fields__) or not all(map(is_inside, record["digests"])):
             return None
         return cls(**{**record, "chains": tuple(record["chains"])})
 
@@ -124,6 +125,11 @@ class Part:
         return damaged_files(self.store, progress.digests)
 
 
+def is_inside(name: str) -> bool:
+    """Of a file in a store, whoever has written the name."""
+    return re.fullmatch(r"[A-Za-z0-9_]+(/[A-Za-z0-9_.]+)*", name) is not None and ".." not in name
+
+
 def damaged_files(store: Path, digests: Digests) -> list[str]:
     found = []
     for name, expected in digests.items():
@@ -176,7 +182,9 @@ class RunFolder:
 
     def record(self) -> dict[str, Any] | None:
         """Identity and metadata, as they were written before the store was made."""
-        return read_record(self.path / "run.json")
+        found = read_record(self.path / "run.json")
+        usable = found is not None and set(found) == {"metadata", "digests"} and all(map(is_inside, found["digests"]))
+        return found if usable else None
 
     def write(self, record: Mapping[str, Any]) -> None:
         write_record(self.path / "run.json", record)
@@ -184,15 +192,14 @@ class RunFolder:
     def damaged_layout(self) -> list[str]:
         """Files of the store, written before the run starts, that are not what was written."""
         record = self.record()
-        if record is None or record["digests"] is None:
+        if record is None:
             return ["zarr.json"]
-        damaged = damaged_files(self.store, record["digests"])
         try:
-            root = json.loads((self.store / "zarr.json").read_bytes())
-            whole = root["attributes"]["metadata"] == record["metadata"] and root["attributes"]["completed"] in (0, 1)
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            attributes = attributes_of(self.store)
+            whole = attributes.get("metadata") == record["metadata"] and attributes.get("completed") in (0, 1)
+        except StoreError:
             whole = False
-        return damaged if whole else ["zarr.json", *damaged]
+        return damaged_files(self.store, record["digests"] or {"zarr.json": ""}) + ([] if whole else ["zarr.json"])
 
     def damage(self, num_chains: int) -> list[str]:
         """Files of a finished store that are not what was written; empty for one that has come without its folder."""
@@ -205,18 +212,24 @@ class RunFolder:
         missing = set(range(num_chains)) - self.finished_chains()
         return found + [f"chain {chain} (its record)" for chain in sorted(missing)]
 
-    def put_in_place(self) -> None:
-        """What was laid out becomes the store, or replaces those files of it."""
+    def put_in_place(self, digests: Digests, metadata: Mapping[str, Any]) -> None:
+        """What was laid out becomes the store, or mends it. Of an extended one, all files that tell its size are new."""
         if not self.store.exists():
+            sync_tree(self.making)
             self.making.rename(self.store)
+            sync(self.store.parent)
         else:
-            for file in sorted(file for file in self.making.rglob("*") if file.is_file()):
-                place = self.store / file.relative_to(self.making)
+            self.write({"metadata": metadata, "digests": digests})  # before: what is not so yet is damaged
+            other = self.damaged_layout()
+            for name in sorted(other):
+                place = self.store / name
                 place.parent.mkdir(parents=True, exist_ok=True)
-                os.replace(file, place)
+                sync(self.making / name)
+                os.replace(self.making / name, place)
             shutil.rmtree(self.making)
-            sync_tree(self.store)
-        sync(self.store.parent)
+            if other:
+                sync_tree(self.store)
+        self.write({"metadata": metadata, "digests": digests})
 
     def check_ours(self) -> None:
         """That a folder without a record is one that an interrupted call has begun."""

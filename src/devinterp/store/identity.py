@@ -15,7 +15,7 @@ from devinterp.engine.batches import Batches
 from devinterp.engine.checkpoint import Checkpoint
 from devinterp.engine.settings import Settings
 from devinterp.engine.tokens import Observable
-from devinterp.errors import InputTypeError, InputValueError, got
+from devinterp.errors import InputTypeError, InputValueError, got, shown
 from devinterp.store.fingerprints import Unreadable, architecture, fingerprint, ties
 
 FORMAT = 1
@@ -127,7 +127,7 @@ def differences(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str
         elif name not in stored:
             lines.append(f"{name}: not in the stored run")
         elif name not in asked:
-            lines.append(f"{name}: only in the stored run")
+            lines.append(f"{name if name.isprintable() else shown(name)}: only in the stored run")
         elif old != new:
             lines.append(f"{name}: {_difference(name, old, new)}")
     return lines

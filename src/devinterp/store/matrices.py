@@ -1,9 +1,8 @@
 """Results larger than memory, written block by block; they appear at their path only when they are whole."""
 
 import os
-import shutil
-import tempfile
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -15,13 +14,12 @@ import zarr
 from devinterp.errors import InputValueError, got
 from devinterp.store.reader import open_store
 from devinterp.store.schema import Variable
-from devinterp.store.writer import check_output_path, check_space, create_array, move_into_place
+from devinterp.store.writer import check_path, check_space, create_array, made_beside
 
 
 def check_new_path(output_path: Any) -> Path:
     """A path at which nothing is yet."""
-    path = check_output_path(output_path)
-    assert path is not None
+    path = check_path(output_path)
     if path.exists():
         raise InputValueError(got("output_path", str(path), "new", "Something is there; nothing was changed. Choose another."))
     return path
@@ -34,9 +32,9 @@ class MatrixWriter:
         self.path = check_new_path(output_path)
 
     def __enter__(self) -> Self:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._made = Path(tempfile.mkdtemp(prefix=f".{self.path.name[:64]}.", dir=self.path.parent))
-        self._root = zarr.create_group(self._made, zarr_format=3, overwrite=True)
+        self._stack = ExitStack()
+        self._made = self._stack.enter_context(made_beside(self.path))
+        self._root = zarr.create_group(self._made, zarr_format=3)
         return self
 
     def create(self, name: str, coords: Mapping[str, np.ndarray[Any, Any]], chunks: tuple[int, ...]) -> None:
@@ -57,10 +55,10 @@ class MatrixWriter:
         for name, array in arrays.items():
             self._add(name, tuple(map(str, array.dims)), array.values)
         self._root.attrs.update(dict(attributes))
-        move_into_place(self._made, self.path)
+        self._made.rename(self.path)
 
     def open(self) -> xr.Dataset:
-        return open_store(self.path).to_dataset()
+        return open_store(self.path, ours=True).to_dataset()
 
     def _add(self, name: str, dims: tuple[str, ...], values: np.ndarray[Any, Any]) -> None:
         described = Variable(dims, str(values.dtype), name, chunks=values.shape)
@@ -69,4 +67,4 @@ class MatrixWriter:
         array[...] = values
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        shutil.rmtree(self._made, ignore_errors=True)
+        self._stack.close()

@@ -5,35 +5,57 @@ from pathlib import Path
 from typing import Any
 
 import xarray as xr
+from zarr.storage import LocalStore
 
-from devinterp.errors import StoreError
+from devinterp.errors import InputTypeError, StoreError, got, shown
+from devinterp.store.guard import check_store
+from devinterp.store.metadata import check_metadata, is_number
+
+AS_STORED: dict[str, Any] = {
+    "mask_and_scale": False, "decode_times": False, "decode_timedelta": False,
+    "concat_characters": False, "decode_coords": False,
+}  # fmt: skip
+"""No attribute of an array changes its numbers"""
 
 
-def open_store(path: str | os.PathLike[str]) -> xr.DataTree:
-    """The stored run, lazily: arrays are read when used. Works while the run is going on."""
-    folder = Path(path)
-    if not (folder / "zarr.json").is_file():
-        raise StoreError(f"{folder} is not a store: it has no zarr.json. Give the output_path of a run.")
+def open_store(path: str | os.PathLike[str], *, ours: bool = False) -> xr.DataTree:
+    """The stored run, lazily: arrays are read when used. Works while the run is going on.
+
+    The one way by which stores are read: nothing of a store is decoded before `check_store` has passed it. `ours` is for stores
+    that were just written, or whose sizes the caller compares with those asked for.
+    """
+    if not isinstance(path, str | os.PathLike):
+        raise InputTypeError(got("path", path, "the path of a store", "Give the output_path of a run."))
+    folder = Path(path).absolute()
+    name = shown(os.fspath(path), 300)
     try:
-        return xr.open_datatree(folder, engine="zarr", consolidated=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise StoreError(f"{folder} cannot be read as a store: {error}") from error
+        found = (folder / "zarr.json").is_file()
+    except (OSError, ValueError) as error:  # too long, or a null byte
+        raise StoreError(f"{name} is not a store: {error}. Give the output_path of a run.") from error
+    if not found:
+        raise StoreError(f"{name} is not a store: it has no zarr.json. Give the output_path of a run.")
+    check_store(folder, ours=ours)
+    local: Any = LocalStore(folder, read_only=True)  # a path that holds "::" would be taken for a URL
+    try:
+        return xr.open_datatree(local, engine="zarr", consolidated=False, zarr_format=3, **AS_STORED)
+    except Exception as error:  # whatever a damaged store makes of zarr and xarray
+        reason = shown(f"{type(error).__name__}: {error}", 300)
+        raise StoreError(f"{name} cannot be read as a store: {reason}. Ask for another copy, or run it again.") from error
 
 
 def metadata_of(samples: xr.DataTree | xr.Dataset) -> dict[str, Any]:
-    metadata = samples.attrs.get("metadata")
-    if not isinstance(metadata, dict) or not isinstance(metadata.get("config"), dict):
-        raise StoreError("the samples carry no run metadata: they were not made by sample(), or their attributes were lost.")
-    return metadata
+    return check_metadata(samples.attrs.get("metadata"))
 
 
 def n_beta_of(samples: xr.Dataset) -> float:
     """Stored as a variable by us, in the metadata by devinterp 2.0."""
     if "n_beta" in samples:
-        return float(samples["n_beta"])
-    stored = metadata_of(samples)["config"].get("sampler", {}).get("n_beta")
-    if isinstance(stored, bool) or not isinstance(stored, int | float):
-        raise StoreError(f"the samples have no usable n_beta (found {stored!r}); no LLC can be computed from them.")
+        variable = samples["n_beta"]
+        stored: Any = variable.values.item() if variable.size == 1 else variable.shape
+    else:
+        stored = metadata_of(samples)["config"]["sampler"].get("n_beta")
+    if not is_number(stored) or stored < 0:
+        raise StoreError(f"the samples have no usable n_beta (found {shown(stored)}); no LLC can be computed from them.")
     return float(stored)
 
 

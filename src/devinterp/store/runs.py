@@ -20,11 +20,12 @@ from devinterp.engine.chain import Plan
 from devinterp.engine.metrics import METRICS
 from devinterp.engine.settings import Settings
 from devinterp.engine.tokens import Observable
-from devinterp.errors import InputValueError, RunMismatchError, got
-from devinterp.store.durable import sync_tree
+from devinterp.errors import InputValueError, RunMismatchError, StoreError, got, shown
 from devinterp.store.folder import RunFolder
+from devinterp.store.guard import attributes_of, check_store
 from devinterp.store.identity import differences, versions
 from devinterp.store.lock import only_writer
+from devinterp.store.metadata import check_metadata
 from devinterp.store.schema import RUNNING, Variable, variables
 from devinterp.store.writer import StoreWriter, mark_completed
 
@@ -80,11 +81,14 @@ def stored_run(path: Path | None, fingerprint: dict[str, Any]) -> Stored | None:
         folder.check_ours()
         return None
     attributes = _attributes(path, record)
-    metadata = attributes["metadata"] if record is None else record["metadata"]
+    metadata = check_metadata(attributes["metadata"] if record is None else record["metadata"])
     stored = metadata.get("identity")
     if not isinstance(stored, dict):
         raise RunMismatchError(str(path), ["identity: this store has none (devinterp 2.0 wrote none)"])
     lines = differences(stored, fingerprint)
+    missing = [name for name in ("step_size", "computed") if name not in metadata]
+    if missing and not lines:
+        raise StoreError(f"the store {shown(str(path))} lacks {missing}: it was changed. Choose another output_path.")
     if not lines:
         return Stored(metadata, attributes.get("completed") == 1 and not folder.damage(stored["num_chains"]))
     different = {name for name in {**stored, **fingerprint} if stored.get(name) != fingerprint.get(name)}
@@ -98,15 +102,14 @@ def stored_run(path: Path | None, fingerprint: dict[str, Any]) -> Stored | None:
 def _attributes(path: Path, record: Mapping[str, Any] | None) -> dict[str, Any]:
     """Of the store's root alone: any other file may be damaged, which the same call mends."""
     try:
-        attributes = json.loads((path / "zarr.json").read_bytes())["attributes"]
-        if isinstance(attributes["metadata"]["config"], dict):
-            return dict(attributes)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        pass
-    if record is not None:
-        return {}
-    fix = "Nothing was changed. Choose another output_path."
-    raise InputValueError(got("output_path", str(path), "new, or a run of devinterp", fix))
+        attributes = attributes_of(path)
+        check_metadata(attributes.get("metadata"))
+        return attributes
+    except StoreError as error:
+        if record is not None:
+            return {}
+        fix = "Nothing was changed. Choose another output_path."
+        raise InputValueError(got("output_path", str(path), "new, or a run of devinterp", fix)) from error
 
 
 def layout(settings: Settings, length: int, observables: Sequence[Observable]) -> tuple[dict[str, Variable], dict[str, int]]:
@@ -164,25 +167,24 @@ def open_writer(
     """The store of a run, made, or put in order where an earlier call left it. The caller is its only writer."""
     described, sizes = layout(plan.settings, plan.batches.tokens.length, plan.observables)
     if folder is None:
-        made = Path(tempfile.mkdtemp(prefix="devinterp-"))
-        atexit.register(shutil.rmtree, made, ignore_errors=True)
-        store = StoreWriter(made / "run", described)
+        temporary = Path(tempfile.mkdtemp(prefix="devinterp-"))
+        atexit.register(shutil.rmtree, temporary, ignore_errors=True)
+        store = StoreWriter(temporary / "run", described)
         lay_out(store, plan, sizes, metadata)
         return store
     store = StoreWriter(folder.store, described, folder)
     folder.clear_litter()
     metadata = plain(metadata if known is None else known.metadata | {key: metadata[key] for key in ("config", "identity")})
-    record = folder.record()
     if known is not None:
         _put_in_order(folder, known, metadata, resume)
-    if record is None or record["metadata"] != metadata or folder.damaged_layout():
-        folder.write({"metadata": metadata, "digests": None})
-        made_store = StoreWriter(folder.making, described)
-        lay_out(made_store, plan, sizes, metadata)
-        sync_tree(folder.making)
-        constants = made_store.digests(made_store.constants())
-        folder.put_in_place()
-        folder.write({"metadata": metadata, "digests": constants})
+    record = folder.record()
+    if record is None or record["metadata"] != metadata:
+        folder.write({"metadata": metadata, "digests": {}})
+    # laid out again on every call that has something to do, so that no file of another origin is ever relied on
+    made = StoreWriter(folder.making, described)
+    lay_out(made, plan, sizes, metadata)
+    folder.put_in_place(made.digests(made.constants()), metadata)
+    check_store(folder.store.absolute(), ours=True)
     for chain in set(range(plan.settings.num_chains)) - folder.finished_chains():
         if store.status(chain) != RUNNING:  # a reader is not to take it for finished
             store.write("chain_status", RUNNING, chain)
@@ -211,10 +213,12 @@ def _put_in_order(folder: RunFolder, known: Stored, metadata: Mapping[str, Any],
             continue
         damaged = part.damaged(progress)
         if damaged:
-            logger.warning("%s: %s damaged or missing; %s is computed again", folder.store, ", ".join(damaged), name)
+            logger.warning("%r: %s damaged or missing; %s is computed again", str(folder.store), ", ".join(damaged), name)
+            for file in damaged:
+                (folder.store / file).unlink(missing_ok=True)
         lost = not progress.finished and progress.state is not None and part.state(progress) is None
         if lost:
-            logger.warning("%s: the state of %s is damaged; it is computed again", folder.store, name)
+            logger.warning("%r: the state of %s is damaged; it is computed again", str(folder.store), name)
         if damaged or lost or (not resume and not progress.finished) or (name == "baseline" and _is_larger(known, metadata)):
             part.forget()
         elif longer and name != "baseline":

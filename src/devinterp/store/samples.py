@@ -6,9 +6,9 @@ from collections.abc import Iterator
 import numpy as np
 import xarray as xr
 
-from devinterp.errors import ChainsUnusable, InputTypeError, StoreError, got
-from devinterp.store.reader import open_store
-from devinterp.store.schema import COMPLETE, STATUS_MEANINGS
+from devinterp.errors import ChainsUnusable, InputTypeError, StoreError, got, shown
+from devinterp.store.reader import observable_names, open_store
+from devinterp.store.schema import COMPLETE, STATUS_MEANINGS, variables
 
 Samples = xr.DataTree | xr.Dataset | str | os.PathLike[str]
 """What sample() returned, its root dataset, or the path of its store"""
@@ -39,7 +39,26 @@ def root_of(samples: Samples) -> xr.Dataset:
         raise InputTypeError(got("samples", type(samples), "a DataTree, a Dataset or a path", fix))
     if missing := [name for name in ("sampling_loss", "init_loss") if name not in samples]:
         raise StoreError(f"the samples lack {missing}: they were not made by sample().")
+    _check_layout(samples)
     return samples
+
+
+def _check_layout(ds: xr.Dataset) -> None:
+    """Dims, sizes and kinds of what analyses read: a stranger's store has any."""
+    expected = variables(observable_names(ds), (), "chain" not in ds.get("baseline_loss", ds["sampling_loss"]).dims)
+    for name, variable in expected.items():
+        if name not in ds or name == "n_beta":
+            continue
+        found, dims = ds[name], variable.dims
+        if name.startswith("input_ids_"):  # devinterp 2.0 repeats them for every chain and draw
+            found = found[(0,) * (found.ndim - 2)] if found.size else found
+        kinds = "f" if variable.dtype.startswith("float") else "iu"
+        if set(found.dims) != set(dims) or found.dtype.kind not in kinds or not found.size:
+            got_ = f"{found.dtype} with sizes {shown(dict(found.sizes))}"
+            raise StoreError(f"the samples' {name} is {got_}: must be {variable.dtype} over {dims}. Ask for another copy.")
+    tokens, losses = ds.sizes.get("token"), ds.sizes.get("token_pos")
+    if tokens is not None and tokens != (losses or 0) + 1:
+        raise StoreError(f"the samples have {tokens} tokens and {losses} losses per sequence: must be one loss fewer.")
 
 
 def of_chains(ds: xr.Dataset, kept: list[int]) -> xr.Dataset:
@@ -52,6 +71,8 @@ def usable_chains(ds: xr.Dataset, on_diverged: str) -> tuple[list[int], list[int
     count = ds.sizes["chain"]
     if "chain_status" in ds:
         status = [int(value) for value in ds["chain_status"].values]
+        if unknown := sorted(set(status) - set(range(len(STATUS_MEANINGS)))):
+            raise StoreError(f"the samples hold the chain_status {unknown}, which has no meaning. Ask for another copy.")
     else:  # devinterp 2.0 keeps no status
         if not ds.attrs.get("completed", 1):
             raise ChainsUnusable("the store is not complete: its run was interrupted. Run it again.")

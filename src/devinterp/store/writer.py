@@ -6,8 +6,9 @@ import os
 import re
 import tempfile
 from collections import defaultdict, deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import zarr
 from torch import Tensor
 from zarr.codecs import ZstdCodec
 
-from devinterp.errors import InputValueError, StorageError, got
+from devinterp.errors import InputValueError, StorageError, StoreError, got, shown
 from devinterp.store.durable import digest_of, free_bytes, size_of, sync_tree, write_durably
 from devinterp.store.folder import Digests, RunFolder
 from devinterp.store.schema import Variable, chunks
@@ -25,19 +26,21 @@ from devinterp.store.schema import Variable, chunks
 
 def check_output_path(output_path: Any) -> Path | None:
     """The path as given, or an error before any compute. An existing directory is looked at by the caller."""
-    if output_path is None:
-        return None
+    return None if output_path is None else check_path(output_path)
+
+
+def check_path(output_path: Any) -> Path:
     if not isinstance(output_path, str | os.PathLike):
         raise InputValueError(got("output_path", output_path, "a local path or None", "Try 'runs/first'."))
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:(//|:)", os.fspath(output_path)):
         raise InputValueError(got("output_path", output_path, "a local path", "Write locally, then copy the folder."))
-    path = Path(output_path).expanduser()
     try:
+        path = Path(output_path).expanduser()
         os.stat(path.absolute())
         is_other = not path.is_dir()
     except FileNotFoundError:
         is_other = path.is_symlink()  # to nothing
-    except (OSError, ValueError) as error:  # too long, a file among the parents, a null byte
+    except (OSError, ValueError, RuntimeError) as error:  # too long, a file among the parents, a null byte, nobody's home
         raise InputValueError(got("output_path", output_path, "a path of this file system", f"{error}.")) from error
     if is_other:
         raise InputValueError(
@@ -45,7 +48,9 @@ def check_output_path(output_path: Any) -> Path | None:
         )
     parent = next(folder for folder in path.absolute().parents if folder.exists())
     if not path.exists() and not os.access(parent, os.W_OK | os.X_OK):
-        raise InputValueError(got("output_path", str(path), "in a writable directory", f"{parent} is not writable."))
+        raise InputValueError(
+            got("output_path", str(path), "in a writable directory", f"{shown(str(parent))} is not writable.")
+        )
     return path
 
 
@@ -69,7 +74,7 @@ class StoreWriter:
 
     @cached_property
     def _root(self) -> zarr.Group:
-        return zarr.open_group(self.path, mode="r+")
+        return zarr.open_group(self.path, mode="r+", zarr_format=3, use_consolidated=False)
 
     def create(self, sizes: Mapping[str, int], metadata: Mapping[str, Any]) -> None:
         """The whole hierarchy, empty."""
@@ -87,10 +92,9 @@ class StoreWriter:
 
     def copy(self, names: Iterable[str], source: Path) -> None:
         """Take these arrays from another store of the same layout."""
-        other = zarr.open_group(source, mode="r")
+        other = StoreWriter(source, self.variables)
         for name in names:
-            mine, theirs = self.array(name), other[name]
-            assert isinstance(theirs, zarr.Array)
+            mine, theirs = self.array(name), other.array(name)
             step = mine.chunks[0] if mine.shape else 1
             for start in range(0, mine.shape[0], step):
                 mine[start : start + step] = theirs[start : start + step]
@@ -126,8 +130,11 @@ class StoreWriter:
         return int(np.asarray(self.array("diverged_at")[chain]))
 
     def array(self, name: str) -> zarr.Array[Any]:
-        array = self._root[name]
-        assert isinstance(array, zarr.Array)
+        array = self._root.get(name)
+        if not isinstance(array, zarr.Array):
+            raise StoreError(
+                f"the store {shown(str(self.path))} has no array {name!r}: it is damaged. Choose another output_path."
+            )
         return array
 
 
@@ -255,13 +262,14 @@ def check_space(
         )
 
 
-def move_into_place(made: Path, path: Path) -> None:
-    """A folder that was made beside `path`, with the usual permissions instead of those of a temporary one."""
-    made.chmod(0o777 & ~_umask())
-    made.rename(path)
+@contextmanager
+def made_beside(path: Path) -> Iterator[Path]:
+    """An empty folder to be filled and renamed to `path`; what is left of it in the end is removed.
 
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+    It has the permissions of any new folder, and lies in one of an unpredictable name that is nobody else's to enter.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name[:64]}.", dir=path.parent, ignore_cleanup_errors=True) as private:
+        made = Path(private) / "store"
+        made.mkdir()
+        yield made

@@ -4,6 +4,7 @@ A head is a slice of the input of the output projection whose first and last fea
 other slice needs. Too fine a split shares its queries, too coarse a one holds two: the finest valid split is the heads.
 """
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -106,8 +107,7 @@ def _outputs(run: Run) -> Iterator[tuple[bool, Output]]:
 
 def _of_record(run: Run, record: Record) -> Output:
     last = run.at_tokens(record.input, last=True)
-    every = sum(run.at_tokens(r.input, last=False) for r in run.records if r.path == record.path)
-    assert isinstance(every, Tensor)
+    every = functools.reduce(torch.add, (run.at_tokens(r.input, last=False) for r in run.records if r.path == record.path))
     shape = tuple(run.leaves[record.weight].shape)
     return Output(record.path, record.weight, record.bias, shape, record.axis, record.groups, last, every)
 

@@ -14,9 +14,9 @@ from devinterp.engine.discovery.structure import Layer, Mixer, Structure, struct
 from devinterp.errors import InputTypeError, InputValueError, got
 
 GRAMMAR = re.compile(
-    r"l(?P<layer>\d+)\s*(?:(?P<part>attn|mixer|cross|mlp|norm)"
-    r"|(?P<cross>cross)?\s*h(?P<head>\d+)\s*(?P<roles>qk|ov|q|k|v|o)?"
-    r"|(?P<cross_group>cross)?\s*g(?P<group>\d+)|e(?P<expert>\d+)|n(?P<first>\d+)(?::(?P<stop>\d+))?)?"
+    r"l(?P<layer>\d{1,9}) ?(?:(?P<part>attn|mixer|cross|mlp|norm)"
+    r"|(?P<cross>cross)? ?h(?P<head>\d{1,9}) ?(?P<roles>qk|ov|q|k|v|o)?"
+    r"|(?P<cross_group>cross)? ?g(?P<group>\d{1,9})|e(?P<expert>\d{1,9})|n(?P<first>\d{1,9})(?::(?P<stop>\d{1,9}))?)?"
 )
 FORMS = "full, l0, l0h1, l0h1 q|k|v|o|qk|ov, l0g0, l0 attn|mixer|cross|mlp|norm, l0e3, l0n0:64, embed, unembed, pos, rest"
 

@@ -215,7 +215,8 @@ class _Discovery:
         return experts, max((units for units in neurons if units is not None), key=len, default=())
 
     def _probed(self, path: str, look: Look) -> tuple[tuple[Parts, ...], Units | None]:
-        assert look.run is not None
+        if look.run is None:
+            return (), None
         experts = find_experts(self.looker.modules[path], look.run, look.mlp)
         inside = {name for expert in experts for name in expert}
         return experts, find_neurons(look.run, lambda draw: self.looker.probe(path, draw), look.mlp - inside)
