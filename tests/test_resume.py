@@ -2,8 +2,8 @@
 
 import json
 import os
+import platform
 import signal
-import socket
 import subprocess
 import sys
 import textwrap
@@ -287,7 +287,7 @@ def test_a_second_writer_is_refused_and_told_who_the_first_is(tmp_path):
     run(tmp_path / "run")
     with only_writer(tmp_path / "run.run"):
         began = time.monotonic()
-        with pytest.raises(RunLocked, match=f"process {os.getpid()} on '{socket.gethostname()}', for 0 s"):
+        with pytest.raises(RunLocked, match=f"process {os.getpid()} on '{platform.node()}', for 0 s"):
             run(tmp_path / "run", num_draws=9)
         assert time.monotonic() - began < 1
         run(tmp_path / "run")  # to read a finished run nobody is asked
@@ -304,7 +304,7 @@ def test_another_machines_lease_holds_while_it_is_renewed(tmp_path):
 
 @pytest.mark.parametrize("content", [b"", b"[" * 100_000, b"x" * 5000, b'{"host": 3}', b'{"pid": "a"}'])
 def test_a_dead_owner_or_a_lease_that_is_none_is_taken_over(tmp_path, content):
-    lease(tmp_path / "run.run", host=socket.gethostname())
+    lease(tmp_path / "run.run", host=platform.node())
     run(tmp_path / "run")
     lease(tmp_path / "other.run")
     (tmp_path / "other.run" / "lease.json").write_bytes(content)

@@ -212,9 +212,19 @@ class RunFolder:
         missing = set(range(num_chains)) - self.finished_chains()
         return found + [f"chain {chain} (its record)" for chain in sorted(missing)]
 
-    def put_in_place(self, digests: Digests, metadata: Mapping[str, Any]) -> None:
-        """What was laid out becomes the store, or mends it. Of an extended one, all files that tell its size are new."""
-        if not self.store.exists():
+    def holds(self, record: Mapping[str, Any], attributes: Mapping[str, Any]) -> bool:
+        """Whether what is at the store's path is the store, damaged perhaps, and nothing else that was put there."""
+        if attributes.get("metadata") == record["metadata"]:
+            return True
+        return len(damaged_files(self.store, record["digests"])) < len(record["digests"])
+
+    def put_in_place(self, digests: Digests, metadata: Mapping[str, Any], is_new: bool) -> None:
+        """What was laid out becomes the store, or mends it. Of an extended one, all files that tell its size are new.
+
+        Raises:
+            OSError: it is new, and something has appeared at its path in the meantime.
+        """
+        if is_new or not self.store.exists():
             sync_tree(self.making)
             self.making.rename(self.store)
             sync(self.store.parent)
@@ -235,6 +245,9 @@ class RunFolder:
         """That a folder without a record is one that an interrupted call has begun."""
         if not self.path.exists() and not self.path.is_symlink():
             return
+        if os.name == "posix" and self.path.lstat().st_uid != os.geteuid():
+            fix = f"{self.path.name!r} beside it is somebody else's. Nothing was changed; choose another output_path."
+            raise InputValueError(got("output_path", str(self.store), "one whose own folder is yours", fix))
         own = {"lock", "lease.json", "lease.json.partial", "run.json", "run.json.partial", "making", "baseline"}
         names = [entry.name for entry in self.path.iterdir()] if self.path.is_dir() and not self.path.is_symlink() else ["?"]
         if others := sorted(name for name in names if name not in own and not name.startswith("chain-")):
@@ -251,8 +264,12 @@ class RunFolder:
                 litter.unlink(missing_ok=True)
 
     def remove_if_empty(self) -> None:
-        """After an error before anything was made."""
+        """After an error before anything was put in its place."""
         with suppress(OSError):
+            record = self.record()
+            if record is not None and not record["digests"] and not any(self.path.glob("*/progress.json")):
+                shutil.rmtree(self.making, ignore_errors=True)
+                (self.path / "run.json").unlink()
             if {entry.name for entry in self.path.iterdir()} <= {"lock", "lease.json"}:
                 (self.path / "lock").unlink(missing_ok=True)
                 self.path.rmdir()

@@ -91,6 +91,24 @@ def check_store(root: Path, *, ours: bool = False) -> None:
         raise _refused(root, root, f"declares {totals.chunks_declared:,} chunks and has {totals.files:,} files", ELSEWHERE)
 
 
+def check_kinds(root: Path) -> None:
+    """Refuse links and pipes in a store that is to be written to, however damaged its files are.
+
+    Raises:
+        StoreError: something that is neither a file nor a folder.
+    """
+    folders = [os.fspath(root)]
+    while folders:
+        with os.scandir(folders.pop()) as entries:
+            for entry in entries:
+                if entry.is_symlink():
+                    raise _refused(root, entry.path, "a symbolic link", "Ask for a copy without links (cp -L, tar -h).")
+                if entry.is_dir(follow_symlinks=False):
+                    folders.append(entry.path)
+                elif not entry.is_file(follow_symlinks=False):
+                    raise _refused(root, entry.path, "neither a file nor a folder", ELSEWHERE)
+
+
 def attributes_of(root: Path) -> dict[str, Any]:
     """The attributes of a store's root, from its own file alone.
 

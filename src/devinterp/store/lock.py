@@ -6,7 +6,7 @@ at all. Hence the lease: a small file with host, process and time, renewed while
 
 import json
 import os
-import socket
+import platform
 import threading
 import time
 from collections.abc import Iterator
@@ -48,7 +48,7 @@ class Lease:
     @property
     def is_alive(self) -> bool:
         """On this machine as its processes say; on another one, while its last sign of life is recent."""
-        if self.host == socket.gethostname():
+        if self.host == platform.node():
             return self.boot == _started(self.pid)
         return time.time() - self.seen < STALE_SECONDS
 
@@ -87,7 +87,7 @@ def only_writer(folder: Path) -> Iterator[None]:
         if other is not None and other.is_alive and other.pid != os.getpid():
             raise RunLocked(str(folder), str(other))
         now = time.time()
-        lease = Lease(socket.gethostname(), os.getpid(), _started(os.getpid()), now, now)
+        lease = Lease(platform.node(), os.getpid(), _started(os.getpid()), now, now)
         write_durably(lease_at, json.dumps(asdict(lease)).encode(), durable=False)
         HEARTBEAT.add(lease_at, lease)
         try:

@@ -22,7 +22,7 @@ from devinterp.engine.settings import Settings
 from devinterp.engine.tokens import Observable
 from devinterp.errors import InputValueError, RunMismatchError, StoreError, got, shown
 from devinterp.store.folder import RunFolder
-from devinterp.store.guard import attributes_of, check_store
+from devinterp.store.guard import attributes_of, check_kinds, check_store
 from devinterp.store.identity import differences, versions
 from devinterp.store.lock import only_writer
 from devinterp.store.metadata import check_metadata
@@ -81,6 +81,9 @@ def stored_run(path: Path | None, fingerprint: dict[str, Any]) -> Stored | None:
         folder.check_ours()
         return None
     attributes = _attributes(path, record)
+    if record is not None and path.exists() and not folder.holds(record, attributes):
+        fix = f"It holds none of the files of the run that {folder.path.name!r} speaks of. Nothing was changed; choose another."
+        raise InputValueError(got("output_path", str(path), "new, or a run of devinterp", fix))
     metadata = check_metadata(attributes["metadata"] if record is None else record["metadata"])
     stored = metadata.get("identity")
     if not isinstance(stored, dict):
@@ -92,7 +95,7 @@ def stored_run(path: Path | None, fingerprint: dict[str, Any]) -> Stored | None:
     if not lines:
         return Stored(metadata, attributes.get("completed") == 1 and not folder.damage(stored["num_chains"]))
     different = {name for name in {**stored, **fingerprint} if stored.get(name) != fingerprint.get(name)}
-    if different <= set(MORE):
+    if different <= set(MORE) and len(lines) == len(different):
         if all(stored[name] <= fingerprint[name] for name in MORE):
             return Stored(metadata, completed=False)
         lines[-1] += ". A stored run is not shortened: open it and take a part with .isel(chain=..., draw=...)"
@@ -101,6 +104,12 @@ def stored_run(path: Path | None, fingerprint: dict[str, Any]) -> Stored | None:
 
 def _attributes(path: Path, record: Mapping[str, Any] | None) -> dict[str, Any]:
     """Of the store's root alone: any other file may be damaged, which the same call mends."""
+    fix = "Nothing was changed. Choose another output_path."
+    try:
+        if path.exists():
+            check_kinds(path)
+    except (StoreError, OSError) as error:
+        raise InputValueError(got("output_path", str(path), "a folder of plain files", fix)) from error
     try:
         attributes = attributes_of(path)
         check_metadata(attributes.get("metadata"))
@@ -108,7 +117,6 @@ def _attributes(path: Path, record: Mapping[str, Any] | None) -> dict[str, Any]:
     except StoreError as error:
         if record is not None:
             return {}
-        fix = "Nothing was changed. Choose another output_path."
         raise InputValueError(got("output_path", str(path), "new, or a run of devinterp", fix)) from error
 
 
@@ -179,11 +187,11 @@ def open_writer(
         _put_in_order(folder, known, metadata, resume)
     record = folder.record()
     if record is None or record["metadata"] != metadata:
-        folder.write({"metadata": metadata, "digests": {}})
+        folder.write({"metadata": metadata, "digests": {} if record is None else record["digests"]})
     # laid out again on every call that has something to do, so that no file of another origin is ever relied on
     made = StoreWriter(folder.making, described)
     lay_out(made, plan, sizes, metadata)
-    folder.put_in_place(made.digests(made.constants()), metadata)
+    folder.put_in_place(made.digests(made.constants()), metadata, is_new=known is None)
     check_store(folder.store.absolute(), ours=True)
     for chain in set(range(plan.settings.num_chains)) - folder.finished_chains():
         if store.status(chain) != RUNNING:  # a reader is not to take it for finished

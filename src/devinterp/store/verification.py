@@ -3,14 +3,14 @@
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import zarr
+import xarray as xr
 
 from devinterp.store.folder import RunFolder, damaged_files
 from devinterp.store.reader import open_store
 from devinterp.store.schema import COMPLETE
+from devinterp.store.writer import StoreWriter
 
 
 @dataclass
@@ -56,11 +56,10 @@ def verify(store: str | os.PathLike[str]) -> Verified:
 
 def _read_through(path: Path) -> Verified:
     found = Verified(without_digests=True)
-    open_store(path)
-    root = zarr.open_group(path, mode="r")
-    complete = _complete_chains(root)
-    for name, array in root.arrays():
-        dims = array.metadata.dimension_names or ()  # type: ignore[union-attr]
+    ds, store = open_store(path).to_dataset(), StoreWriter(path, {})
+    complete = _complete_chains(ds)
+    for name in map(str, ds.variables):
+        array, dims = store.array(name), ds[name].dims
         chunks = [range(-(-size // length)) for size, length in zip(array.shape, array.chunks, strict=True)]
         for place in np.ndindex(*map(len, chunks)):
             file = "/".join([name, "c", *map(str, place)])
@@ -77,12 +76,11 @@ def _read_through(path: Path) -> Verified:
     return found
 
 
-def _complete_chains(root: zarr.Group) -> set[int]:
+def _complete_chains(ds: xr.Dataset) -> set[int]:
     """Of a store of devinterp 2.0, which keeps no status, all that there are."""
-    if "chain_status" not in root:
-        return set(range(10**6))
-    status: Any = root["chain_status"]
+    if "chain_status" not in ds:
+        return set(range(ds.sizes.get("chain", 0)))
     try:
-        return {chain for chain, value in enumerate(np.asarray(status[...])) if value == COMPLETE}
+        return {chain for chain, value in enumerate(ds["chain_status"].values) if value == COMPLETE}
     except (OSError, ValueError, RuntimeError):
         return set()
