@@ -2,6 +2,7 @@
 
 import copy
 import io
+import shutil
 from contextlib import redirect_stdout
 from functools import cache
 from pathlib import Path
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 
 import devinterp
 from devinterp.cli.printing import print_chains, print_settings, print_summary
-from devinterp.errors import DevinterpError, InputTypeError, StoreError
+from devinterp.errors import DevinterpError, InputTypeError, RunMismatchError, StoreError
 from devinterp.store.reader import open_store
 
 NAN, INFINITY = float("nan"), float("inf")
@@ -197,6 +198,9 @@ def test_a_store_of_other_sizes_is_not_gone_on_with(tmp_path):
     run(other, num_draws=5)
     declared = (store / "zarr.json").read_text()
     (other / "zarr.json").write_text(declared)
+    with pytest.raises(RunMismatchError, match="num_draws: stored 5, asked 3"):  # its own folder knows better
+        run(other)
+    shutil.rmtree(tmp_path / "other.run")
     with pytest.raises(StoreError, match="has the sizes {'draw': 5"):
         run(other)
 

@@ -136,7 +136,7 @@ class Request:
 
     def stored(self) -> Stored | None:
         """The run at the path if it is this one; refuses any other thing that is there."""
-        return stored_run(self.path, self.fingerprint)
+        return stored_run(self.path, self.fingerprint, self.layout()[1])
 
 
 def state_bytes(inputs: Inputs, masks: Mapping[str, Tensor | None]) -> int:

@@ -26,6 +26,8 @@ from devinterp.store.guard import attributes_of, check_kinds, check_store
 from devinterp.store.identity import differences, versions
 from devinterp.store.lock import only_writer
 from devinterp.store.metadata import check_metadata
+from devinterp.store.reader import open_store
+from devinterp.store.samples import root_of
 from devinterp.store.schema import RUNNING, Variable, variables
 from devinterp.store.writer import StoreWriter, mark_completed
 
@@ -71,8 +73,8 @@ class Stored:
     """nothing is left to do, and nothing is damaged"""
 
 
-def stored_run(path: Path | None, fingerprint: dict[str, Any]) -> Stored | None:
-    """The run at `path` when it is the one asked for; refuses any other thing that is there."""
+def stored_run(path: Path | None, fingerprint: dict[str, Any], sizes: Mapping[str, int]) -> Stored | None:
+    """The run at `path`, of which `sizes` are the dims, when it is the one asked for; refuses any other thing that is there."""
     if path is None:
         return None
     folder = RunFolder(path)
@@ -93,6 +95,8 @@ def stored_run(path: Path | None, fingerprint: dict[str, Any]) -> Stored | None:
     if missing and not lines:
         raise StoreError(f"the store {shown(str(path))} lacks {missing}: it was changed. Choose another output_path.")
     if not lines:
+        if record is None and attributes.get("completed") == 1:
+            _check_sizes(path, sizes)
         return Stored(metadata, attributes.get("completed") == 1 and not folder.damage(stored["num_chains"]))
     different = {name for name in {**stored, **fingerprint} if stored.get(name) != fingerprint.get(name)}
     if different <= set(MORE) and len(lines) == len(different):
@@ -100,6 +104,17 @@ def stored_run(path: Path | None, fingerprint: dict[str, Any]) -> Stored | None:
             return Stored(metadata, completed=False)
         lines[-1] += ". A stored run is not shortened: open it and take a part with .isel(chain=..., draw=...)"
     raise RunMismatchError(str(path), lines)
+
+
+def _check_sizes(path: Path, sizes: Mapping[str, int]) -> None:
+    """Of a store that has come without its folder, and so without digests of its layout."""
+    known = root_of(open_store(path, ours=True))
+    if other := {str(dim): size for dim, size in known.sizes.items() if size != sizes.get(str(dim))}:
+        raise StoreError(
+            f"the store {shown(str(path))} has the sizes {shown(other)}: it was changed. Choose another output_path."
+        )
+    if missing := [name for name in ("chain_status", "diverged_at") if name not in known]:
+        raise StoreError(f"the store {shown(str(path))} lacks {missing}: it was changed. Choose another output_path.")
 
 
 def _attributes(path: Path, record: Mapping[str, Any] | None) -> dict[str, Any]:
