@@ -63,7 +63,7 @@ def _bif(sequences: int) -> Workload:
 
 WORKLOADS = {
     "tiny": Workload("sample", 97, 65, 4, 200, {"held": 4}),
-    "pythia14m": Workload("sample", 50304, 129, 2, 24, {"held": 2}, layers=6, hidden=128),
+    "pythia14m": Workload("sample", 50304, 129, 2, 16, {"held": 2}, layers=6, hidden=128),
     **{f"heads l{layer}h1": _heads(layer) for layer in (0, 3, 5)},
     "suite": Workload(
         "suite", 2048, 64, 2, 25, {"task": 2, "held": 2}, layers=4,

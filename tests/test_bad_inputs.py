@@ -79,7 +79,7 @@ def test_names_are_made_safe(name, tmp_path):
     assert stored.isidentifier()
     assert stored.isascii()
     assert samples[f"loss_{stored}"].shape == (2, 2, 12, 5)
-    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "run.run"]
     assert (tmp_path / "run" / f"loss_{stored}" / "zarr.json").is_file()
 
 

@@ -223,7 +223,7 @@ def test_an_interrupted_run_says_so_and_how_to_go_on(cli, monkeypatch):
     monkeypatch.setattr("devinterp.slt.running.record", interrupted)
     done = cli("llc", "model", "--data", "text.txt", "--output", "interrupted", *QUICK)
     assert done.returncode == 130
-    assert "interrupted; ask again with the same options" in done.stderr
+    assert "interrupted; the same command goes on" in done.stderr
     monkeypatch.undo()
 
 

@@ -123,6 +123,44 @@ def test_half_precision(tmp_path, stops):
     assert tree(tmp_path / "run") == tree(tmp_path / "whole")
 
 
+def test_the_dead_stay_dead(tmp_path, stops, monkeypatch):
+    """One of three chains in one vmap diverges, and the others are interrupted and go on."""
+    step = Walker.step
+
+    def poisoned(walker):
+        if not torch.equal(walker.gradient[0], walker.gradient[-1]) and stops.taken == poisoned.at:
+            walker.gradient[1] = float("nan")
+        return step(walker)
+
+    monkeypatch.setattr(Walker, "step", poisoned)
+    trees = []
+    for at in (-1, 8):
+        path, how = tmp_path / str(at), {"chains_together": "vmap", "checkpoint_every": 1e-9}
+        stops.taken, poisoned.at = 0, -1
+        run(tmp_path / f"trial {at}", **how, num_draws=1)  # its steps before the chains start are those of every run
+        before = stops.taken - 4
+        poisoned.at, stops.at, stops.taken = before + 3, -1 if at < 0 else before + at, 0
+        if at > 0:
+            with pytest.raises(KeyboardInterrupt):
+                run(path, **how)
+            stops.at, stops.taken = -1, -100
+        samples = run(path, **how)
+        assert samples.chain_status.values.tolist() == [1, 2, 1]
+        trees.append(tree(path))
+    assert trees[0] == trees[1]
+
+
+def test_names_in_a_record_stay_in_the_store(tmp_path):
+    run(tmp_path / "run")
+    (tmp_path / "theirs").write_text("years of work")
+    part = RunFolder(tmp_path / "run").part(1)
+    record = read_record(part.folder / "progress.json")
+    write_record(part.folder / "progress.json", record | {"digests": record["digests"] | {"loss_code/../../theirs": "0"}})
+    assert part.progress() is None
+    run(tmp_path / "run")
+    assert (tmp_path / "theirs").read_text() == "years of work"
+
+
 def test_a_suite(tmp_path, stops):
     masks = {"full": None, "mix": {"mix.weight": None}, "out": {"out.weight": None, "out.bias": None}}
 

@@ -128,10 +128,16 @@ class Watch:
     """Which chains still have finite losses."""
 
     def __init__(self, chains: Sequence[int], device: torch.device):
-        self.chains, self.alive = tuple(chains), set(chains)
+        self.chains = tuple(chains)
+        self.diverged: dict[int, int] = {}
+        """steps taken, by chain"""
         self.patience = PATIENCE.get(device.type, PATIENCE_ELSEWHERE)
         self.unseen: list[tuple[int, Tensor]] = []
         """sums of the losses of steps that were not looked at yet"""
+
+    @property
+    def alive(self) -> tuple[int, ...]:
+        return tuple(chain for chain in self.chains if chain not in self.diverged)
 
     def look(self, t: int, losses: Sequence[Tensor], now: bool) -> Iterator[Diverged]:
         """Chains found to have diverged; losses of shape (chain, ...)."""
@@ -142,7 +148,7 @@ class Watch:
         for i, chain in enumerate(self.chains):
             first = next((at for (at, _), row in zip(self.unseen, sums, strict=True) if not math.isfinite(row[i])), None)
             if first is not None and chain in self.alive:
-                self.alive.remove(chain)
+                self.diverged[chain] = first
                 yield Diverged(chain, first)
         self.unseen.clear()
 

@@ -24,7 +24,8 @@ def state_of(walk: Walk) -> tuple[Tensors, dict[str, Any]]:
     numbers: dict[str, Any] = {"sampler": _plain_fields(walk)}
     if walk.plan.settings.train_mode:
         tensors |= {f"buffer.{name}": buffer.clone() for name, buffer in walker.buffers.items()}
-    numbers |= {"alive": sorted(walk.watch.alive), "unseen": [t for t, _ in walk.watch.unseen]}
+    diverged = {str(chain): at for chain, at in walk.watch.diverged.items()}
+    numbers |= {"diverged": diverged, "unseen": [t for t, _ in walk.watch.unseen]}
     if walk.watch.unseen:
         tensors["unseen"] = torch.stack([sums for _, sums in walk.watch.unseen])
     return tensors, numbers
@@ -51,7 +52,7 @@ def restore(walk: Walk, steps_taken: int, tensors: Mapping[str, Tensor], numbers
         walker.states = [replace(state, **numbers["sampler"]) for state in walker.states]
     for name, buffer in _named(tensors, "buffer.").items():
         walker.buffers[name].copy_(buffer)
-    watch.alive = set(numbers["alive"])
+    watch.diverged = {int(chain): at for chain, at in numbers["diverged"].items()}
     unseen = list(tensors.get("unseen", torch.empty(0)).to(walker.weights.device))
     watch.unseen = list(zip(numbers["unseen"], unseen, strict=True))
     walk.steps_taken = steps_taken

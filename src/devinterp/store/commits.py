@@ -159,6 +159,8 @@ class ChainCommits(Commits):
         """After the last row."""
         files = [file for chain in self.walk.chains for file in self.store.files(("chain_status", "diverged_at"), chain)]
         tensors, numbers = self._final
+        diverged = {str(chain): at for chain, at in self.walk.watch.diverged.items()}
+        numbers = dict(numbers) | {"diverged": diverged}
         if sum(t.numel() * t.element_size() for t in tensors.values()) > FINAL_STATE_BYTES:
             tensors = {}
         self._end(tensors, self.walk.plan.settings.num_steps, numbers, files)

@@ -104,8 +104,7 @@ class Part:
 
         Where no state was kept, or the one that there is lies after that look, they start again, with equal numbers.
         """
-        alive = progress.numbers.get("alive", [])
-        if progress.finished and progress.state is None and not alive and progress.numbers:
+        if progress.finished and len(progress.numbers["diverged"]) == len(progress.chains):
             return
         num_steps = before["num_burnin_steps"] + before["num_draws"] * before["num_steps_bw_draws"]
         if progress.state is None or progress.steps_taken > num_steps:
@@ -263,13 +262,17 @@ class RunFolder:
             for litter in self.store.rglob("*.partial"):
                 litter.unlink(missing_ok=True)
 
-    def remove_if_empty(self) -> None:
-        """After an error before anything was put in its place."""
-        with suppress(OSError):
-            record = self.record()
-            if record is not None and not record["digests"] and not any(self.path.glob("*/progress.json")):
+    def clear_unmade(self) -> None:
+        """After an error before anything was put in its place; for the one writer alone."""
+        record = self.record()
+        if record is not None and not record["digests"] and not any(self.path.glob("*/progress.json")):
+            with suppress(OSError):
                 shutil.rmtree(self.making, ignore_errors=True)
                 (self.path / "run.json").unlink()
-            if {entry.name for entry in self.path.iterdir()} <= {"lock", "lease.json"}:
-                (self.path / "lock").unlink(missing_ok=True)
+
+    def remove_if_empty(self) -> None:
+        """A folder that holds nothing but an unused lock."""
+        with suppress(OSError):
+            if [entry.name for entry in self.path.iterdir()] == ["lock"]:
+                (self.path / "lock").unlink()
                 self.path.rmdir()

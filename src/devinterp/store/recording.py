@@ -1,7 +1,7 @@
 """The tasks of a run: its baseline, and its chains. Each writes its own regions of the store, here or in a worker process."""
 
 import traceback
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -115,7 +115,7 @@ def _record_baseline(task: Baseline, thread: Executor) -> Generator[Step, None, 
 def _record_chains(task: Chains, thread: Executor) -> Generator[Step, None, Failures]:
     recorder, failures = recorder_for(task.plans, task.count), Failures()
     walks = {
-        (i, chains): _Recording(task, plan, store, chains, Walk(plan, chains, recorder), thread)
+        (i, chains): _Recording(task, plan, store, chains, recorder, thread)
         for i, (plan, store, walkers) in enumerate(zip(task.plans, task.stores, task.walkers, strict=True))
         for chains in walkers
     }
@@ -157,28 +157,26 @@ class _Recording:
     plan: Plan
     store: StoreWriter
     chains: tuple[int, ...]
-    walk: Walk
+    recorder: Recorder | None
     thread: Executor
-
-    @property
-    def steps_taken(self) -> int:
-        return self.walk.steps_taken
+    steps_taken: int = 0
 
     def steps(self) -> Generator[Step, None, None]:
-        alive, settings = set(self.chains), self.plan.settings
+        alive = self.chains
         try:
-            with ChainCommits(self.store, self.walk, self.task.checkpoint_every) as commits:
+            walk = Walk(self.plan, self.chains, self.recorder)
+            with ChainCommits(self.store, walk, self.task.checkpoint_every) as commits:
                 rows = commits.begin({chain: Rows(self.store, chain, self.thread) for chain in self.chains})
-                self._say(RUNNING, self.chains)
-                for all_seen in run_chains(self.walk):
+                self._say(RUNNING, walk.watch.alive)
+                self._bury(walk.watch.diverged)
+                for all_seen in run_chains(walk):
+                    alive, self.steps_taken = walk.watch.alive, walk.steps_taken
                     notes = []
                     for seen in all_seen:
                         if isinstance(seen, Snapshot):
-                            notes.append(_append(rows[seen.chain], seen, settings.num_steps))
+                            notes.append(_append(rows[seen.chain], seen, self.plan.settings.num_steps))
                         else:
-                            alive.discard(seen.chain)
-                            self.store.write("diverged_at", seen.steps_taken, seen.chain)
-                            self._say(DIVERGED, [seen.chain])
+                            self._bury({seen.chain: seen.steps_taken})
                             if self.task.stop_at_divergence:
                                 raise ChainDiverged(seen.chain, seen.steps_taken, self.plan.sampler.lr)
                     commits.commit_if_due()
@@ -186,14 +184,19 @@ class _Recording:
                 for gathered in rows.values():
                     gathered.flush()
                 commits.settle()
-                self._say(COMPLETE, sorted(self.walk.watch.alive))
+                self._say(COMPLETE, walk.watch.alive)
                 commits.finish()
         except ChainDiverged:
             raise
         except Exception:
             with suppress(OSError):  # the first error is the one to be told of
-                self._say(FAILED, sorted(alive))
+                self._say(FAILED, alive)
             raise
+
+    def _bury(self, diverged: Mapping[int, int]) -> None:
+        for chain, at in diverged.items():
+            self.store.write("diverged_at", at, chain)
+            self._say(DIVERGED, [chain])
 
     def _say(self, status: int, chains: Sequence[int]) -> None:
         for chain in chains:

@@ -177,11 +177,17 @@ def only_writer_of(path: Path | None) -> Iterator[RunFolder | None]:
         return
     folder = RunFolder(path)
     folder.path.mkdir(parents=True, exist_ok=True)
+    locked = False  # what another process holds is not cleared
     try:
         with only_writer(folder.path):
-            yield folder
+            locked = True
+            try:
+                yield folder
+            finally:
+                folder.clear_unmade()
     finally:
-        folder.remove_if_empty()
+        if locked:
+            folder.remove_if_empty()
 
 
 def open_writer(
