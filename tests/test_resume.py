@@ -388,7 +388,10 @@ def test_signals_commit_and_end_with_the_usual_codes(tmp_path, way, number):
     time.sleep(0.3)
     began = time.monotonic()
     process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
+    try:
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert time.monotonic() - began < 30
     assert process.returncode == (130 if number == signal.SIGINT else 143) or "KeyboardInterrupt" in errors
     assert "the same call goes on from there" in errors
