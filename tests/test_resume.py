@@ -393,7 +393,8 @@ def test_signals_commit_and_end_with_the_usual_codes(tmp_path, way, number):
     finally:
         process.kill()
     assert time.monotonic() - began < 30
-    assert process.returncode == (130 if number == signal.SIGINT else 143) or "KeyboardInterrupt" in errors
+    # a KeyboardInterrupt that nobody catches ends Python by the signal itself, which a shell shows as 130
+    assert process.returncode == (-signal.SIGINT if number == signal.SIGINT else 143)
     assert "the same call goes on from there" in errors
     records = [read_record(p) for p in (tmp_path / "run.run").glob("chain-*/progress.json")]
     assert any(record["steps_taken"] > 0 and record["state"] for record in records)

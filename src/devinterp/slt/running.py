@@ -29,7 +29,7 @@ from devinterp.store.writer import StoreWriter
 logger = logging.getLogger("devinterp")
 
 RUNS_TOGETHER = 8
-"""Restrictions that step together at most: they share passes through frozen layers, and are lost together when interrupted"""
+"""Restrictions that step together at most: they share passes through frozen layers, each with vectors of its own in memory"""
 
 Forwards = dict[frozenset[str], Forward]
 """Fast paths by the parameters that move, so that restrictions of the same parameters are proven once"""

@@ -2,6 +2,7 @@
 
 import logging
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -25,7 +26,7 @@ WAIT_SECONDS = 120.0
 """for a worker of an interrupted run to end the step that it was in"""
 
 
-class Commits:
+class Commits(ABC):
     """Of one part. A run without a path of its own commits nothing: it ends with its process.
 
     As a context it holds the part against workers of an earlier, killed run that have not noticed yet, and commits when it
@@ -94,14 +95,17 @@ class Commits:
             long = self._was_durable or time.monotonic() - self._last > SHORT_SECONDS
             self._put(tensors, steps_taken, numbers, finished=True, durable=long)
 
+    @abstractmethod
     def _rows(self) -> Iterable[Rows]:
-        raise NotImplementedError
+        """Rows on their way to the store."""
 
+    @abstractmethod
     def _state(self) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
-        raise NotImplementedError
+        """The tensors and numbers to go on from."""
 
+    @abstractmethod
     def _steps_taken(self) -> int:
-        raise NotImplementedError
+        """Steps that are behind."""
 
 
 class ChainCommits(Commits):
