@@ -1,5 +1,6 @@
 """Chains in worker processes and in one vmap, against one after another; and what becomes of a worker that dies."""
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -56,6 +57,20 @@ def test_a_suite_in_processes_is_that_of_one_after_another(tmp_path, monkeypatch
                                        output_path=tmp_path / way, chains_together=way, **SHORT)  # fmt: skip
     for name in names:
         assert files(tmp_path / f"sequential_{name}") == files(tmp_path / f"processes_{name}")
+
+
+def _sampled(way: str, path: Path) -> None:
+    torch.set_num_threads(1)
+    placement.num_cores = lambda: 2
+    devinterp.sample(TinyLM(), random_tokens(), {}, output_path=path, chains_together=way, **SHORT)
+
+
+def test_in_a_pool_whose_workers_may_have_no_children(tmp_path):
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        for way in ("sequential", "processes"):
+            pool.apply(_sampled, (way, tmp_path / way))
+    assert files(tmp_path / "sequential") == files(tmp_path / "processes")
+    assert open_store(tmp_path / "processes").attrs["metadata"]["computed"]["way"] == "processes"
 
 
 SCRIPT = """

@@ -1,6 +1,8 @@
 """Where chains run: one after another, side by side in worker processes, or in one vmap. Decided by sizes, never by timing."""
 
 import contextlib
+import logging
+import multiprocessing
 import os
 import tempfile
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -15,6 +17,8 @@ import torch
 
 from devinterp.engine.chain import Plan
 from devinterp.engine.stopping import SECONDS_TO_STOP, no_signals
+
+logger = logging.getLogger(__name__)
 
 LONG_RUN = 3e11
 """Floating-point operations from which starting worker processes (their imports take seconds) pays"""
@@ -131,7 +135,7 @@ def do(work: Work[Task], tasks: Sequence[Task], placement: Placement) -> Generat
 
     The outcome of a task whose worker process died is a `BrokenProcessPool`.
     """
-    if placement.way == "processes" and len(tasks) > 1:
+    if placement.way == "processes" and len(tasks) > 1 and _may_start_workers():
         return (yield from _in_processes(work, tasks, placement.threads))
     with threads(placement.threads):
         outcomes: list[Any] = []
@@ -139,6 +143,14 @@ def do(work: Work[Task], tasks: Sequence[Task], placement: Placement) -> Generat
             outcome = yield from work(task)
             outcomes.append(outcome)
     return outcomes
+
+
+def _may_start_workers() -> bool:
+    """Not from within a worker of `multiprocessing.Pool`, for one: there chains run one after another, with equal numbers."""
+    if multiprocessing.current_process().daemon:
+        logger.info("a daemonic process may start no workers: chains run one after another")
+        return False
+    return True
 
 
 def _in_processes(work: Work[Task], tasks: Sequence[Task], num_threads: int) -> Generator[Step, None, list[Any]]:
