@@ -28,7 +28,7 @@ test-slow: .venv/.installed  ## known learning coefficients of deep linear netwo
 	$(BIN)/python -m pytest -m slow -s --ignore-glob '*crash*'
 
 test-crashes: .venv/.installed  ## runs killed before every operation on files, power failures, full disks, sequences of all (about an hour)
-	$(BIN)/python -m pytest -m slow -s tests/test_crashes.py tests/test_crash_sequences.py
+	$(BIN)/python -m pytest -m slow -s tests/test_crashes.py tests/test_crash_sequences.py tests/test_resume.py
 
 planted-bugs: .venv/.installed  ## plant each known bug in a copy and see a test fail (about 5 minutes)
 	$(BIN)/python tests/planted_bugs.py

@@ -132,7 +132,7 @@ class Operations:
             return
         if not isinstance(path, str | os.PathLike) or not os.fspath(path).startswith(str(self.root)):
             return
-        if event == "os.rename" and self.torn and self.count == self.kill_at:
+        if event == "os.rename" and self.torn and self.count == self.kill_at and os.path.isfile(path):
             self.on = False
             os.truncate(path, os.path.getsize(path) // 2)  # it was in the midst of writing this
         self.step()

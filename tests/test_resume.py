@@ -400,14 +400,21 @@ def test_signals_commit_and_end_with_the_usual_codes(tmp_path, way, number):
     assert any(record["steps_taken"] > 0 and record["state"] for record in records)
 
 
-def test_of_processes_that_start_at_once_one_writes(tmp_path):
-    path = tmp_path / "run"
-    processes = [started(script(tmp_path, "sequential", path, draws=1500)) for _ in range(3)]
-    ended = [(*process.communicate(timeout=120), process.returncode) for process in processes]
-    refused = [errors for _, errors, code in ended if code]
-    assert len(refused) < 3
-    assert all("is being written by process" in errors for errors in refused), refused
-    assert not devinterp.verify(path).damaged
+@pytest.mark.parametrize(
+    ("times", "count"), [pytest.param(1, 3, id="once"), pytest.param(10, 6, id="ten times", marks=pytest.mark.slow)]
+)
+def test_of_processes_that_start_at_once_one_writes(tmp_path, times, count):
+    refused = []
+    for number in range(times):
+        path = tmp_path / f"run{number}"
+        processes = [started(script(tmp_path, "sequential", path, draws=1500)) for _ in range(count)]
+        ended = [(*process.communicate(timeout=240), process.returncode) for process in processes]
+        errors = [errors for _, errors, code in ended if code]
+        assert len(errors) < count
+        assert all("is being written by process" in told for told in errors), errors
+        assert not devinterp.verify(path).damaged
+        refused += errors
+    print(f"\n{times} times {count} processes at once: {len(refused)} refused, each store whole")
 
 
 def test_workers_of_a_killed_process_do_not_write_into_the_next_ones_run(tmp_path):
