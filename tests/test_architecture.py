@@ -23,7 +23,7 @@ ALLOWED = {
     "store": {"engine", "errors"},
     "analysis": {"errors"},
     "pictures": {"errors"},
-    "slt": {"engine", "store", "analysis", "pictures", "samplers", "errors"},
+    "slt": {"engine", "store", "analysis", "pictures", "samplers", "errors", "utils"},
 }
 
 

@@ -17,6 +17,7 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerF
 
 import devinterp
 from devinterp.cli import main
+from devinterp.cli.inputs import tokenize
 from devinterp.errors import StoreError
 from devinterp.store.reader import open_store
 
@@ -241,3 +242,41 @@ def test_help_is_quick_and_complete():
     assert done.returncode == 0, done.stderr
     for option in ("--localization", "--num-chains", "--save-metrics", "--lr"):
         assert option in done.stdout
+
+
+@pytest.fixture
+def trained(folder):
+    """The model after a little training: at random weights there is nothing to calibrate, the loss only falls."""
+    model = GPTNeoXForCausalLM.from_pretrained(folder / "model")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "model")
+    tokens = tokenize("--data", str(folder / "text.txt"), tokenizer, "text", "train", 16, 10_000)
+    ids = torch.as_tensor(np.array(tokens["input_ids"]))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    rate = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.01, 400)
+    for _ in range(400):
+        batch = ids[torch.randint(len(ids), (64,))]
+        optimizer.zero_grad()
+        model(batch, labels=batch).loss.backward()
+        optimizer.step()
+        rate.step()
+    model.save_pretrained(folder / "trained")
+    tokenizer.save_pretrained(folder / "trained")
+
+
+def test_calibrate_then_llc_with_what_it_found(folder, trained, cli):
+    few = ("--context", "16", "--batch-size", "4", "--num-init-loss-batches", "1")
+    done = cli("calibrate", "trained", "--data", "text.txt", "--localization", "2000", "--save", "found.toml", *few)
+    assert done.returncode == 0, done.stderr
+    assert "localization=2000: the weakest of those tried" in done.stdout
+    assert "devinterp llc MODEL --data DATA --config 'found.toml'" in done.stdout
+    again = cli("calibrate", "trained", "--data", "text.txt", "--save", "found.toml")
+    assert again.returncode == 2
+    assert "--save='found.toml': must be a new file" in again.stderr
+    done = cli("llc", "trained", "--data", "text.txt", "--context", "16", "--config", "found.toml", "--num-draws", "30",
+               "--output", "calibrated")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "localization 2000" in done.stdout
+    done = cli("diagnose", "calibrated")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("LLC ")
+    assert "along the stiffest direction (stable below 4)" in done.stdout

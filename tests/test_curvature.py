@@ -5,7 +5,7 @@ import torch
 from cases import TinyLM, Weights, plan_of, quadratic, random_tokens, rows
 
 import devinterp
-from devinterp.engine.curvature import Curvature, choose_step_size, largest_eigenvalue
+from devinterp.engine.curvature import Curvature, choose_step_size, spectrum
 
 
 def matrix_loss(matrix):
@@ -13,7 +13,7 @@ def matrix_loss(matrix):
 
 
 def top(plan, **options) -> float:
-    return largest_eigenvalue(plan, None, [plan.batches.micro(0, 0)], **options)
+    return spectrum(plan, None, [plan.batches.micro(0, 0)], **options).h_max
 
 
 def test_hessian_vector_product_against_the_dense_hessian():
@@ -115,3 +115,27 @@ def test_half_precision_models_have_the_curvature_of_float32():
     full = top(plan_of(TinyLM(), random_tokens(), batch_size=8))
     half = top(plan_of(TinyLM().bfloat16(), random_tokens(), batch_size=8))
     assert half == pytest.approx(full, rel=0.05)
+
+
+def test_traces_of_a_quadratic_and_of_what_is_not():
+    """Exact where all directions are alike; otherwise right on average over seeds."""
+    plan = plan_of(Weights(torch.zeros(30)), rows(8), quadratic(7.0), batch_size=4)
+    assert spectrum(plan, None, [plan.batches.micro(0, 0)]).trace == pytest.approx(7.0 * 30, rel=1e-3)
+    matrix, found = torch.diag(torch.tensor([40.0, 4.0, 1.0, 0.0])), []
+    for seed in range(400):
+        plan = plan_of(Weights(torch.zeros(4)), rows(4), matrix_loss(matrix), init_seed=seed)
+        found.append(spectrum(plan, None, [plan.batches.micro(0, 0)], iterations=1).trace)
+    found = torch.tensor(found)
+    assert abs(found.mean() - 45.0) < 4.89 * found.std() / 20
+
+
+def test_a_given_step_size_is_kept_with_the_curvature_it_was_compared_with():
+    settings = {"n_beta": 10.0, "localization": 5.0, "num_draws": 2, "num_chains": 1, "batch_size": 4, "num_init_loss_batches": 1,
+                "progress": False, "loss_fn": quadratic(7.0)}  # fmt: skip
+    found = devinterp.sample(Weights(torch.zeros(30)), rows(8), {}, lr=0.001, **settings).attrs["metadata"]["step_size"]
+    assert found["lr"] == 0.001
+    assert found["h_max_checkpoint"] == pytest.approx(7.0, rel=1e-3)
+    assert found["trace_checkpoint"] == pytest.approx(210.0, rel=1e-3)
+    assert found["h_max_pilot"] is None
+    with pytest.warns(UserWarning, match="no chain is stable from 4 on"):
+        devinterp.sample(Weights(torch.zeros(30)), rows(8), {}, lr=0.06, sampling_method="leimkuhler_matthews", **settings)

@@ -13,7 +13,7 @@ from scipy.stats import t as student
 from targets import leimkuhler_matthews_variance, precision, quadratic_llc, sgld_llc_moments
 
 import devinterp
-from devinterp.analysis.uncertainty import ess_bulk, rhat, standard_error
+from devinterp.analysis.uncertainty import ess, rhat, standard_error
 from devinterp.errors import ChainDiverged, ChainsUnusable, StoreError
 
 DATA = random_tokens()
@@ -202,7 +202,7 @@ def test_intervals_cover_the_truth_as_often_as_they_say(rho, chains, shared):
     rng, hits = np.random.default_rng(0), 0
     for _ in range(300):
         trace = autoregressive(rng, rho, chains, 150, shared)
-        hits += abs(trace.mean()) < student.ppf(0.975, max(ess_bulk(trace) - 1, 2)) * standard_error(trace)
+        hits += abs(trace.mean()) < student.ppf(0.975, max(ess(trace, "bulk") - 1, 2)) * standard_error(trace)
     assert 0.90 <= hits / 300 <= 0.99
 
 
@@ -217,4 +217,85 @@ def test_chains_that_do_not_agree_get_a_wide_error_and_a_large_rhat():
 def test_constant_traces_have_no_error_bar():
     assert math.isnan(standard_error(np.zeros((2, 50))))
     assert math.isnan(rhat(np.zeros((2, 50))))
-    assert math.isnan(ess_bulk(np.zeros((2, 50))))
+    assert math.isnan(ess(np.zeros((2, 50)), "bulk"))
+
+
+def test_running_llc_ends_at_the_llc_of_each_chain():
+    result = devinterp.llc(TinyLM(), DATA, **SHORT)
+    np.testing.assert_allclose(result.llc_running[:, -1], result.llc_per_chain, rtol=1e-9)
+    excess = result.excess_trace.values
+    np.testing.assert_allclose(result.llc_running[1, 6], 10.0 * excess[1, :7].mean(), rtol=1e-9)
+
+
+@pytest.mark.parametrize("per", ["sequence", "token"])
+def test_llcs_of_parts_average_to_that_of_the_observable(per):
+    samples = devinterp.sample(TinyLM(), DATA, {"x": DATA, "y": (DATA, 1)}, **SHORT)
+    result = devinterp.compute_llc(samples, per=per)
+    for name in ("x", "y"):
+        parts, errors = result[f"llc_{per}_{name}"], result[f"llc_{per}_{name}_sem"]
+        dims = (f"batch_{name}",) if per == "sequence" else (f"batch_{name}", "token_pos")
+        assert parts.dims == errors.dims == dims
+        assert float(parts.mean()) == pytest.approx(float(result.llc_observable.sel(observable=name)), rel=1e-6)
+        losses = samples[f"loss_{name}"].values.astype(float) - samples[f"init_loss_{name}"].values
+        row = losses[:, :, 2].mean(-1) if per == "sequence" else losses[:, :, 2, 3]
+        at = (2,) if per == "sequence" else (2, 3)
+        assert float(parts.values[at]) == pytest.approx(10.0 * row.mean(), rel=1e-6)
+        assert float(errors.values[at]) == pytest.approx(10.0 * standard_error(row), rel=1e-6)
+
+
+def test_parts_need_observables_and_a_known_name():
+    samples = devinterp.sample(TinyLM(), DATA, {}, **SHORT)
+    with pytest.raises(StoreError, match="no observables"):
+        devinterp.compute_llc(samples, per="token")
+    with pytest.raises(ValueError, match="per='word'"):
+        devinterp.compute_llc(samples, per="word")
+
+
+@pytest.mark.parametrize("batch_noise", [0.0, 2.0])
+def test_variance_form_against_its_exact_value(batch_noise):
+    """1/2 sum r^2 of a quadratic, with and without batches whose mean loss changes with w (a slope of each row along w)."""
+    h, gamma, n_beta, dimension = 2.0, 5.0, 10.0, 20
+    slopes = batch_noise * torch.randn(400, dimension, generator=torch.Generator().manual_seed(0))
+    slopes -= slopes.mean(0)
+
+    def loss_fn(model, ids):
+        return (0.5 * h * model.w.square().sum() + slopes[ids[:, 0]] @ model.w)[:, None]
+
+    # small steps: what batches add to the posterior itself is of order lr
+    samples = devinterp.sample(
+        Weights(torch.zeros(dimension)), rows(400), {}, loss_fn=loss_fn, lr=0.01, n_beta=n_beta, localization=gamma,
+        sampling_method="leimkuhler_matthews", num_burnin_steps=100, num_draws=2000, num_steps_bw_draws=4, num_chains=4,
+        batch_size=8, num_init_loss_batches=1, chains_together="sequential", progress=False,
+    )  # fmt: skip
+    result = devinterp.compute_llc(samples)
+    r = n_beta * h / precision(n_beta, h, gamma)
+    widened = 1 + 0.01 * n_beta**2 * (batch_noise**2 / 8 * (1 - 8 / 400)) / 4
+    exact = dimension / 2 * (r * widened) ** 2
+    assert float(result.llc_variance_sem) < 0.15 * exact
+    assert abs(float(result.llc_variance) - exact) < LIMIT * float(result.llc_variance_sem)
+    raw = n_beta**2 * result.excess_trace.values.var()
+    assert batch_noise == 0 or raw - float(result.llc_variance) > 5 * float(result.llc_variance_sem)
+
+
+@pytest.mark.parametrize("localization", [1.0, 20.0])
+def test_step_size_bias_of_sgld_is_that_of_the_formula(localization):
+    """lr n_beta tr(H) / 8, whatever the localization; taking it off leaves an error of second order."""
+    h, n_beta, dimension, lr = 2.0, 10.0, 50, 0.01
+    settings = SHORT | {"lr": lr, "n_beta": n_beta, "localization": localization, "num_draws": 400, "num_burnin_steps": 100}
+    samples = devinterp.sample(Weights(torch.zeros(dimension)), rows(20), {}, loss_fn=quadratic(h), **settings)
+    plain = devinterp.compute_llc(samples)
+    bias = lr * n_beta * h * dimension / 8
+    assert float(plain.step_size_bias) == pytest.approx(bias, rel=1e-3)
+    corrected = devinterp.compute_llc(samples, correct_step_size=True)
+    assert float(plain.llc_mean - corrected.llc_mean) == pytest.approx(bias, rel=1e-3)
+    assert float(corrected.llc_sem) == pytest.approx(math.hypot(float(plain.llc_sem), bias / 2), rel=1e-3)
+    limit, at_lr = (quadratic_llc([h] * dimension, n_beta, localization, step) for step in (0.0, lr))
+    assert at_lr - limit == pytest.approx(bias, rel=0.15)
+
+
+def test_leimkuhler_matthews_needs_no_correction_and_an_unknown_curvature_is_told():
+    settings = SHORT | {"sampling_method": "leimkuhler_matthews"}
+    assert float(devinterp.llc(TinyLM(), DATA, correct_step_size=True, **settings).step_size_bias) == 0
+    samples = devinterp.sample(TinyLM(), DATA, {}, **SHORT | {"sampling_method": "rmsprop_sgld"})
+    with pytest.raises(StoreError, match="do not tell the curvature"):
+        devinterp.compute_llc(samples, correct_step_size=True)

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from devinterp.slt.bif import bif, compute_bif
+    from devinterp.slt.calibration import calibrate
+    from devinterp.slt.diagnosis import describe, diagnose
     from devinterp.slt.llc import compute_llc, llc
     from devinterp.slt.sampling import sample
     from devinterp.slt.susceptibilities import compute_susceptibilities, susceptibilities
@@ -25,6 +27,9 @@ _HOMES = {
     "compute_susceptibilities": "devinterp.slt.susceptibilities",
     "create_param_masks": "devinterp.slt.weight_restrictions",
     "preview_weight_restriction": "devinterp.slt.weight_restrictions",
+    "calibrate": "devinterp.slt.calibration",
+    "diagnose": "devinterp.slt.diagnosis",
+    "describe": "devinterp.slt.diagnosis",
     "verify": "devinterp.store.verification",
     "default_nbeta": "devinterp.utils",
     "tokenize_and_concatenate": "devinterp.utils",
@@ -32,11 +37,14 @@ _HOMES = {
 
 __all__ = [
     "bif",
+    "calibrate",
     "compute_bif",
     "compute_llc",
     "compute_susceptibilities",
     "create_param_masks",
     "default_nbeta",
+    "describe",
+    "diagnose",
     "llc",
     "preview_weight_restriction",
     "sample",

@@ -18,13 +18,14 @@ def rhat(trace: Trace) -> float:
     return float(array_stats.rhat(trace, chain_axis=0, draw_axis=1, method="rank"))
 
 
-def ess_bulk(trace: Trace) -> float:
-    """Bulk effective sample size of a trace (chain, draw); NaN where it is undefined."""
+def ess(trace: Trace, method: str) -> float:
+    """Effective sample size of a trace (chain, draw): "bulk", "tail" (5 and 95 % quantiles) or "mean"; NaN if undefined."""
     if not _varies(trace):
         return float("nan")
     from arviz_stats.base import array_stats
 
-    return float(array_stats.ess(trace, chain_axis=0, draw_axis=1, method="bulk"))
+    prob = (0.05, 0.95) if method == "tail" else None
+    return float(array_stats.ess(trace, chain_axis=0, draw_axis=1, method=method, prob=prob))
 
 
 def standard_error(trace: Trace) -> float:
@@ -39,15 +40,20 @@ def standard_error(trace: Trace) -> float:
 
     NaN with fewer than four draws or a constant trace.
     """
-    if not _varies(trace):
-        return float("nan")
+    return float(standard_errors(trace))
+
+
+def standard_errors(traces: Trace) -> npt.NDArray[np.float64]:
+    """`standard_error` of every trace in an array (chain, draw, ...), of the shape that follows."""
+    if traces.shape[1] < FEWEST_DRAWS:
+        return np.full(traces.shape[2:], np.nan)
     from arviz_stats.base import array_stats
 
-    together = trace.mean(axis=0, keepdims=True)
-    errors = [float(array_stats.mcse(trace, chain_axis=0, draw_axis=1, method="mean"))]
-    if _varies(together):
-        errors.append(float(array_stats.mcse(together, chain_axis=0, draw_axis=1, method="mean")))
-    return max(errors)
+    together = traces.mean(axis=0, keepdims=True)
+    each = array_stats.mcse(traces, chain_axis=0, draw_axis=1, method="mean")
+    of_mean = array_stats.mcse(together, chain_axis=0, draw_axis=1, method="mean")
+    constant = np.ptp(traces, axis=(0, 1)) == 0
+    return np.where(constant, np.nan, np.fmax(each, of_mean))
 
 
 def _varies(trace: Trace) -> bool:

@@ -26,6 +26,8 @@ app.command("llc")(commands.llc_command)
 app.command("bif")(commands.bif_command)
 app.command("susceptibilities")(commands.susceptibilities_command)
 app.command("components")(commands.components_command)
+app.command("calibrate")(commands.calibrate_command)
+app.command("diagnose")(commands.diagnose_command)
 app.command("show")(commands.show_command)
 app.command("verify")(commands.verify_command)
 

@@ -1,13 +1,14 @@
 """One function per command: thin over the public calls."""
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from devinterp.cli.inputs import load_model
-from devinterp.cli.options import Job, sampling_command
-from devinterp.cli.printing import print_chains, print_settings, print_summary, print_table
+from devinterp.cli.options import CHOSEN, Job, sampling_command
+from devinterp.cli.printing import print_chains, print_diagnosis, print_settings, print_summary, print_table
 from devinterp.errors import DevinterpError, InputValueError, got
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ def llc_command(job: Job) -> None:
     path = job.path("llc")
     samples = sample(job.model, job.dataset, job.observables, output_path=path, device=job.device, **job.settings)
     print_summary(samples, compute_llc(samples))
+    print_diagnosis(samples)
     typer.echo(f"\nsaved in {str(path)!r}: losses at every draw and all settings. Look again with devinterp show.")
 
 
@@ -45,6 +47,41 @@ def show_command(store: Annotated[Path, typer.Argument(help="Directory of a stor
         typer.echo(f"no LLC: {error}")
         return
     print_summary(samples, result)
+    print_diagnosis(samples)
+
+
+def diagnose_command(store: Annotated[Path, typer.Argument(help="Directory of a store.")]) -> None:
+    """Say whether the chains of a store can be believed, why not, and what to change."""
+    from devinterp.slt.diagnosis import describe, diagnose
+
+    typer.echo(describe(diagnose(store)))
+
+
+@sampling_command
+def calibrate_command(
+    job: Job,
+    *,
+    accuracy: Annotated[float, typer.Option(help="Relative standard error of the LLC that is aimed at.")] = 0.03,
+    max_steps: Annotated[int, typer.Option(help="Longest burn-in of a pilot.")] = 1000,
+    largest_excess: Annotated[float | None, typer.Option(help="Rise of the loss that is still local, in nats.")] = None,
+    save: Annotated[Path, typer.Option(help="TOML file for the settings found, to be given as --config.")] = Path(
+        "calibrated.toml"
+    ),
+) -> None:
+    """Find settings for a model by short pilot chains, with reasons, and write them to a file for --config."""
+    from devinterp.slt.calibration import calibrate
+
+    if save.exists():
+        raise InputValueError(got("--save", str(save), "a new file", "Choose another name."))
+    given = {name: value for name, value in job.given.items() if value is not None}
+    options = {"accuracy": accuracy, "max_steps": max_steps, "largest_excess": largest_excess, "device": job.device}
+    found = calibrate(job.model, job.dataset, **{"n_beta": CHOSEN["n_beta"]} | given | options)
+    typer.echo(f"\n{found}")
+    lines = [
+        f"{name} = {json.dumps(value)}" for name, value in found.settings.items() if name != "device" and value is not None
+    ]
+    save.write_text("\n".join(lines) + "\n")
+    typer.echo(f"\nsettings in {str(save)!r}; take them with: devinterp llc MODEL --data DATA --config {str(save)!r}")
 
 
 def verify_command(store: Annotated[Path, typer.Argument(help="Directory of a store.")]) -> None:

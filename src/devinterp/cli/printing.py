@@ -57,9 +57,15 @@ def print_summary(samples: "xr.DataTree", result: "xr.Dataset") -> None:
     typer.echo(f"at     n_beta {result.attrs['n_beta']:g}, localization {result.attrs.get('localization', 0):g}, "
                f"{result.attrs.get('sampling_method')}" + (f", lr {step_size['lr']:.3g}" if step_size else ""))  # fmt: skip
     typer.echo("       (compare LLCs at equal n_beta and localization only)")
-    if float(result.rhat) >= 1.05:
-        typer.echo(f"note   R-hat {float(result.rhat):.3f} is not below 1.05: the chains may not have levelled off together. "
-                   "Try more burn-in steps, or a larger localization.")  # fmt: skip
+
+
+def print_diagnosis(samples: "xr.DataTree") -> None:
+    """Verdicts on the chains, and what to change."""
+    from devinterp.slt.diagnosis import diagnose
+
+    typer.echo("chains")
+    for line in diagnose(samples).attrs["sentences"]:
+        typer.echo(f"       {line}")
 
 
 def print_table(rows: Sequence[Sequence[str]]) -> None:

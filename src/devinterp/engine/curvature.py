@@ -7,6 +7,7 @@ measured at the checkpoint and where a short pilot ends, since curvature can gro
 
 import logging
 import math
+import statistics
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -26,15 +27,16 @@ from devinterp.errors import DevinterpError, InputValueError
 logger = logging.getLogger(__name__)
 
 ITERATIONS = 10
-CONVERGED = 0.03
-"""Relative change of the eigenvalue at which the iteration stops"""
+CONVERGED = 0.1
+"""Relative change of the eigenvalue at which the iteration stops: lr moves by less, and is stable to four times its value"""
 REACH = 1e-2
 """Distance of the central differences: small against the width of the posterior, large against rounding"""
 ROUNDING = 1e-5
 """A difference of gradients below this share of them is taken for rounding"""
 TOKENS = 2048
 """of the sampling stream, on which the curvature is measured; at least 8 sequences, at most 128"""
-PILOT_CHAINS = 4
+NOISE_BATCHES = 8
+PILOT_CHAINS = 2
 PILOT_ATTEMPTS = 12
 SHARE_OF_STABLE = {"leimkuhler_matthews": 1.0, "sgmcmc_sgld": 0.25}
 """lr A chosen by `lr="auto"`; SGLD takes a quarter, which leaves a bias of 1/16 along the stiffest direction"""
@@ -42,12 +44,25 @@ SHARE_OF_STABLE = {"leimkuhler_matthews": 1.0, "sgmcmc_sgld": 0.25}
 
 @dataclass(frozen=True)
 class StepSize:
-    """The step size of a run and, for `lr="auto"`, the curvatures that it was chosen from."""
+    """The step size of a run, and the curvatures that it was chosen from or, when given, compared with."""
 
     lr: float
     h_max_checkpoint: float | None = None
+    """of a given lr a lower bound"""
     h_max_pilot: float | None = None
+    trace_checkpoint: float | None = None
+    """of the Hessian, from one random direction"""
+    trace_pilot: float | None = None
+    """mean over the pilot's chains"""
     pilot_steps: int | None = None
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """What is measured of a Hessian: its largest eigenvalue, and its trace from one random direction."""
+
+    h_max: float
+    trace: float
 
 
 def choose_step_size(plan: Plan) -> StepSize:
@@ -58,28 +73,30 @@ def choose_step_size(plan: Plan) -> StepSize:
     """
     settings, posterior = plan.settings, Posterior.of(plan.settings)
     batches = curvature_batches(plan)
-    at_checkpoint = largest_eigenvalue(plan, None, batches)
-    precision = posterior.n_beta * at_checkpoint + posterior.prior_precision
+    at_checkpoint = spectrum(plan, None, batches)
+    precision = posterior.n_beta * at_checkpoint.h_max + posterior.prior_precision
     if not precision > 0:
         raise InputValueError(
-            f"lr='auto': the loss has no positive curvature at the checkpoint (h_max={at_checkpoint:.3g}) and there is no "
-            "prior, so every step is stable and none is right. Give lr, or a localization > 0."
+            f"lr='auto': the loss has no positive curvature at the checkpoint (h_max={at_checkpoint.h_max:.3g}) and there is "
+            "no prior, so every step is stable and none is right. Give lr, or a localization > 0."
         )
-    lr, after_pilot, steps = 0.5 / precision, 0.0, 0
+    lr, after_pilot, steps = 0.5 / precision, [], 0
     for chain in range(PILOT_CHAINS):
-        h, lr, steps = pilot(plan, chain, lr, batches)
-        after_pilot = max(after_pilot, h)
-    precision = posterior.n_beta * max(at_checkpoint, after_pilot) + posterior.prior_precision
+        found, lr, steps = pilot(plan, chain, lr, batches)
+        after_pilot.append(found)
+    h_max = max(found.h_max for found in after_pilot)
+    precision = posterior.n_beta * max(at_checkpoint.h_max, h_max) + posterior.prior_precision
     chosen = SHARE_OF_STABLE[settings.sampling_method] / precision
     logger.info(
         "lr='auto': %.3g, from h_max %.3g at the checkpoint and %.3g after a pilot of %d steps",
-        chosen, at_checkpoint, after_pilot, steps,
+        chosen, at_checkpoint.h_max, h_max, steps,
     )  # fmt: skip
-    return StepSize(chosen, at_checkpoint, after_pilot, steps)
+    trace = statistics.fmean(found.trace for found in after_pilot)
+    return StepSize(chosen, at_checkpoint.h_max, h_max, at_checkpoint.trace, trace, steps)
 
 
-def pilot(plan: Plan, chain: int, lr: float, batches: list[Ids]) -> tuple[float, float, int]:
-    """Largest curvature where a chain of its own ends, the lr that got it there, and its number of steps.
+def pilot(plan: Plan, chain: int, lr: float, batches: list[Ids]) -> tuple[Spectrum, float, int]:
+    """The curvature where a chain of its own ends, the lr that got it there, and its number of steps.
 
     From a flat checkpoint the first lr throws the chain out of the region in which it is stable: then again from the
     checkpoint, four times slower.
@@ -89,9 +106,9 @@ def pilot(plan: Plan, chain: int, lr: float, batches: list[Ids]) -> tuple[float,
         steps = pilot_steps(plan.settings, lr)
         walker = Walker(replace(plan, sampler=plan.settings.sampler(lr), purpose="pilot"), chain)
         if all(_steps(walker, t) for t in range(steps)):
-            h = largest_eigenvalue(plan, walker.weights[0], batches)
-            if lr * (posterior.n_beta * h + posterior.prior_precision) < 4:
-                return h, lr, steps
+            found = spectrum(plan, walker.weights[0], batches)
+            if lr * (posterior.n_beta * found.h_max + posterior.prior_precision) < 4:
+                return found, lr, steps
         lr /= 4
     raise DevinterpError(
         f"lr='auto': the pilot was unstable even with lr={lr * 4:.3g}. The loss grows too fast around this checkpoint: try a "
@@ -112,21 +129,39 @@ def _steps(walker: Walker, t: int) -> bool:
     return math.isfinite(total)
 
 
-def warn_if_unstable(plan: Plan) -> None:
-    """A given lr is compared with the curvature on a few sequences; the figure is a lower bound, so a warning is certain."""
+def given_step_size(plan: Plan) -> StepSize:
+    """A given lr, and a lower bound of the curvature on the first batch of the chains."""
+    lr = float(plan.settings.lr)
     if plan.settings.sampling_method == "rmsprop_sgld" or not plan.settings.n_beta:
-        return
+        return StepSize(lr)
     posterior = Posterior.of(plan.settings)
-    ids = plan.batches.micro(0, 0)[:8]
-    h = largest_eigenvalue(plan, None, [ids], iterations=4)
-    reach = plan.sampler.lr * (posterior.n_beta * h + posterior.prior_precision)
+    found = spectrum(plan, None, [plan.batches.micro(0, 0)], iterations=4)
+    reach = lr * (posterior.n_beta * found.h_max + posterior.prior_precision)
     if reach >= 4:
         warnings.warn(
-            f"lr={plan.sampler.lr:g}: lr (n_beta h_max + localization + weight_decay) is {reach:.3g} at the checkpoint "
-            f"(h_max={h:.3g}), and no chain is stable from 4 on. Try lr={1 / reach * plan.sampler.lr:.2g}, or lr='auto'.",
+            f"lr={lr:g}: lr (n_beta h_max + localization + weight_decay) is {reach:.3g} at the checkpoint "
+            f"(h_max={found.h_max:.3g}), and no chain is stable from 4 on. Try lr={1 / reach * lr:.2g}, or lr='auto'.",
             UserWarning,
             stacklevel=2,
         )
+    if not math.isfinite(found.h_max):
+        return StepSize(lr)
+    return StepSize(lr, h_max_checkpoint=found.h_max, trace_checkpoint=found.trace)
+
+
+def gradient_noise(plan: Plan) -> float:
+    """Variance of the gradient of a step's batch at the checkpoint, summed over the moving weights.
+
+    sum over b of |g_b - mean g|^2 / (K - 1) = (sum of |g_b|^2 - |sum of g_b|^2 / K) / (K - 1)
+    """
+    walker, squares = Walker(plan, 0), 0.0
+    total = torch.zeros_like(walker.gradient)
+    for t in range(NOISE_BATCHES):
+        walker.differentiate(t)
+        squares += walker.gradient.square().sum(dtype=torch.float64).item()
+        total += walker.gradient
+    of_mean = total.square().sum(dtype=torch.float64).item() / NOISE_BATCHES
+    return max(0.0, (squares - of_mean) / (NOISE_BATCHES - 1))
 
 
 def curvature_batches(plan: Plan) -> list[Ids]:
@@ -139,18 +174,19 @@ def curvature_batches(plan: Plan) -> list[Ids]:
     return [ids[start : start + at_once] for start in range(0, len(ids), at_once)]
 
 
-def largest_eigenvalue(plan: Plan, weights: Tensor | None, batches: list[Ids], iterations: int = ITERATIONS) -> float:
-    """Largest (not largest absolute) Hessian eigenvalue of the mean loss; 0 where nothing curves upwards.
+def spectrum(plan: Plan, weights: Tensor | None, batches: list[Ids], iterations: int = ITERATIONS) -> Spectrum:
+    """Largest (not largest absolute) Hessian eigenvalue of the mean loss, 0 where nothing curves upwards; and the trace.
 
     At the given weights, None = the checkpoint. Power iteration; when the dominant eigenvalue is negative, again with the
-    Hessian shifted by it.
+    Hessian shifted by it. The first direction is random, so its Rayleigh quotient has the mean trace / size.
     """
     curvature = Curvature(plan, weights, batches)
     dominant = curvature.dominant(iterations)
+    trace = curvature.first_quotient * plan.selection.size
     if dominant >= 0 or not math.isfinite(dominant):
-        return dominant
+        return Spectrum(dominant, trace)
     # the eigenvalues shifted by -dominant lie close together: no early stop
-    return max(0.0, dominant + curvature.dominant(2 * iterations, shift=dominant, converged=0.0))
+    return Spectrum(max(0.0, dominant + curvature.dominant(2 * iterations, shift=dominant, converged=0.0)), trace)
 
 
 class Curvature:
@@ -165,6 +201,7 @@ class Curvature:
 
     def __init__(self, plan: Plan, centre: Tensor | None, batches: list[Ids]):
         self.plan, self.centre, self.batches = plan, centre, batches
+        self.first_quotient = 0.0
         self.blocks = update_blocks(plan.selection)
         self.displaced = plan.selection.initial()
         self.reach = REACH * min(1.0, self.displaced.norm().item() or 1.0)
@@ -180,6 +217,8 @@ class Curvature:
         found = 0.0
         for iteration in range(iterations):
             last, found = found, self.apply(shift)
+            if not iteration:
+                self.first_quotient = found
             settled = iteration > 1 and abs(found - last) < converged * abs(found)
             if not math.isfinite(found) or not self.gradient.any() or settled:
                 break

@@ -11,7 +11,7 @@ from typing import Any
 import xarray as xr
 
 from devinterp.engine.chain import Plan
-from devinterp.engine.curvature import StepSize, choose_step_size, warn_if_unstable
+from devinterp.engine.curvature import StepSize, choose_step_size, given_step_size
 from devinterp.engine.forward import Forward
 from devinterp.engine.placement import Placement, Step, decide, do, num_cores
 from devinterp.engine.progress import Progress
@@ -133,11 +133,9 @@ def prepare(request: Request, forwards: Forwards, held: ExitStack, *, first: boo
                 compiled=inputs.paths.compile, precision=settings.precision,
             )  # fmt: skip
         plan = Plan(settings, settings.sampler(1.0), forwards[moving], selection, inputs.batches, inputs.observables)
-        step_size = StepSize(**told["step_size"]) if told else _step_size(plan)
+        step_size = StepSize(**told["step_size"]) if told else _step_size(plan, measured=first)
         plan = replace(plan, sampler=settings.sampler(step_size.lr))
         plan, placement = _placed(plan, inputs.paths.chains_together, told.get("computed"), num_runs)
-        if first and settings.lr != "auto" and not told:
-            warn_if_unstable(plan)
         metadata = metadata_for(settings, inputs.model, inputs.observables, request.fingerprint, checkpoint.device)
         metadata |= {"step_size": asdict(step_size), "computed": asdict(placement) | plan.forward.described()}
         if settings.precision is not None:
@@ -169,8 +167,10 @@ def _is_complete(request: Request, bar: Progress) -> bool:
     return True
 
 
-def _step_size(plan: Plan) -> StepSize:
-    return choose_step_size(plan) if plan.settings.lr == "auto" else StepSize(float(plan.settings.lr))
+def _step_size(plan: Plan, *, measured: bool) -> StepSize:
+    if plan.settings.lr == "auto":
+        return choose_step_size(plan)
+    return given_step_size(plan) if measured else StepSize(float(plan.settings.lr))
 
 
 def _carry_out(runs: Sequence[Run], source: Path | None, bar: Progress, stop: Stop) -> dict[int, Failure]:

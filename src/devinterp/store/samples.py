@@ -8,7 +8,7 @@ import xarray as xr
 
 from devinterp.errors import ChainsUnusable, InputTypeError, StoreError, got, shown
 from devinterp.store.reader import observable_names, open_store
-from devinterp.store.schema import COMPLETE, STATUS_MEANINGS, variables
+from devinterp.store.schema import COMPLETE, DIVERGED, RUNNING, STATUS_MEANINGS, variables
 
 Samples = xr.DataTree | xr.Dataset | str | os.PathLike[str]
 """What sample() returned, its root dataset, or the path of its store"""
@@ -16,10 +16,16 @@ Samples = xr.DataTree | xr.Dataset | str | os.PathLike[str]
 DRAWS_READ_AT_ONCE = 50
 
 
+def draw_spans(samples: xr.Dataset | xr.DataArray) -> Iterator[slice]:
+    """All draws, a bounded number at a time."""
+    for start in range(0, samples.sizes["draw"], DRAWS_READ_AT_ONCE):
+        yield slice(start, start + DRAWS_READ_AT_ONCE)
+
+
 def draws_in_parts(losses: xr.DataArray) -> Iterator[xr.DataArray]:
     """The same array, a bounded number of draws at a time."""
-    for start in range(0, losses.sizes["draw"], DRAWS_READ_AT_ONCE):
-        yield losses.isel(draw=slice(start, start + DRAWS_READ_AT_ONCE)).load()
+    for span in draw_spans(losses):
+        yield losses.isel(draw=span).load()
 
 
 def mean_per_draw(losses: xr.DataArray) -> xr.DataArray:
@@ -66,9 +72,8 @@ def of_chains(ds: xr.Dataset, kept: list[int]) -> xr.Dataset:
     return ds if kept == list(range(ds.sizes["chain"])) else ds.isel(chain=kept)
 
 
-def usable_chains(ds: xr.Dataset, on_diverged: str) -> tuple[list[int], list[int]]:
-    """Positions of the chains to use, and of those left out."""
-    count = ds.sizes["chain"]
+def status_of_chains(ds: xr.Dataset) -> list[int]:
+    """What became of each chain, by the codes of the schema."""
     if "chain_status" in ds:
         status = [int(value) for value in ds["chain_status"].values]
         if unknown := sorted(set(status) - set(range(len(STATUS_MEANINGS)))):
@@ -77,10 +82,16 @@ def usable_chains(ds: xr.Dataset, on_diverged: str) -> tuple[list[int], list[int
         if not ds.attrs.get("completed", 1):
             raise ChainsUnusable("the store is not complete: its run was interrupted. Run it again.")
         finite = np.isfinite(mean_per_draw(ds["sampling_loss"]).transpose("chain", "draw").values).all(axis=1)
-        status = [COMPLETE if ok else STATUS_MEANINGS.index("diverged") for ok in finite]
-    running = [chain for chain in range(count) if status[chain] == STATUS_MEANINGS.index("running")]
-    if running:
+        status = [COMPLETE if ok else DIVERGED for ok in finite]
+    if running := [chain for chain, code in enumerate(status) if code == RUNNING]:
         raise ChainsUnusable(f"chains {running} are not finished. Wait for the run, or ask for it again to finish it.")
+    return status
+
+
+def usable_chains(ds: xr.Dataset, on_diverged: str) -> tuple[list[int], list[int]]:
+    """Positions of the chains to use, and of those left out."""
+    status = status_of_chains(ds)
+    count = len(status)
     bad = [chain for chain in range(count) if status[chain] != COMPLETE]
     listed = ", ".join(f"{chain} ({STATUS_MEANINGS[status[chain]]})" for chain in bad)
     if bad and on_diverged == "raise":

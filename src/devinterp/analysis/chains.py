@@ -1,0 +1,107 @@
+"""What the traces of chains say about how far they can be believed. Bare arrays only.
+
+A trace is x = n_beta (L(w) - L(w0)), paired, of shape (chain, draw): its mean is the LLC.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from devinterp.analysis.uncertainty import Trace, ess, standard_error
+
+FALSE_ALARM = 1e-4
+"""How often a healthy trace may be taken for a spiky one, or healthy chains for ones that disagree"""
+RARE = 2e-3
+"""How often a trace at rest may be taken for one that drifts"""
+
+
+@dataclass(frozen=True)
+class Change:
+    """Mean over the second half of the draws minus that over the first, with its standard error; NaN for a few draws.
+
+    The error is that of each half about a line through it: of a trace that climbs all the way nothing would be significant
+    otherwise, since a climb is autocorrelation too.
+    """
+
+    size: float
+    error: float
+    degrees: float
+    """of freedom that the error has: of the half with fewer effective draws, less mean and slope; at least one"""
+
+    @classmethod
+    def of(cls, trace: Trace) -> "Change":
+        half = trace.shape[1] // 2
+        early, late = trace[:, :half], trace[:, -half:]
+        about = [_about_line(part) for part in (early, late)]
+        degrees = max(1.0, min(ess(part, "mean") for part in about) - 2)
+        return cls(float(late.mean() - early.mean()), math.hypot(*map(standard_error, about)), degrees)
+
+    @property
+    def is_sure(self) -> bool:
+        """Further from zero than Student's t takes a stationary trace, in all but two of a thousand."""
+        from scipy.special import stdtrit
+
+        return bool(abs(self.size) > stdtrit(self.degrees, 1 - RARE / 2) * self.error)
+
+
+def _about_line(trace: Trace) -> Trace:
+    """Each chain less its own regression on the number of the draw."""
+    if trace.shape[1] < 2:
+        return trace
+    time = np.arange(trace.shape[1]) - (trace.shape[1] - 1) / 2
+    slopes = trace @ time / np.square(time).sum()
+    about: Trace = trace - slopes[:, None] * time
+    return about
+
+
+def without_common(trace: Trace) -> Trace:
+    """The traces less what all chains have in common at each draw, at the level of each.
+
+    Chains that see the same batches rise and fall together. That is variance within every chain and none between them, so
+    R-hat of the traces themselves comes out too small; of what is left, within and between shrink alike, by 1 - 1/chains.
+    """
+    own: Trace = trace - trace.mean(axis=0, keepdims=True) + trace.mean()
+    return own
+
+
+def disagreement(trace: Trace) -> tuple[float, npt.NDArray[np.float64]]:
+    """Probability of levels as far apart as these when all chains have one level, and each one's distance from the middle one.
+
+        Q = (1 - 1/C) sum over chains of (level / standard error)^2  ~  chi^2 with C - 1 degrees of freedom
+
+    of the traces without what they have in common; the distances are from the median level, in standard errors. One chain
+    agrees with itself.
+    """
+    from scipy.special import chdtrc
+
+    count = trace.shape[0]
+    if count < 2:
+        return 1.0, np.zeros(count)
+    own = without_common(trace)
+    errors = np.array([standard_error(chain[None]) for chain in own])
+    levels = own.mean(axis=1)
+    q = (1 - 1 / count) * np.square((levels - levels.mean()) / errors).sum()
+    return float(chdtrc(count - 1, q)), (levels - np.median(levels)) / errors
+
+
+def spikes(trace: Trace) -> npt.NDArray[np.int64]:
+    """Number of draws in each chain that are further up than the posterior puts any.
+
+    Where the loss is quadratic, x is at most as wide-tailed as a Gamma variable with the same mean and scale 1 (equal to it
+    without localization; of w^(2k), too). To its quantile of `FALSE_ALARM` for the whole trace comes the noise of batches,
+    five times the spread that is left when the Gamma's variance is taken off the observed one (by the median absolute
+    deviation, which spikes do not move).
+    """
+    from scipy.special import gammainccinv
+
+    found = []
+    for chain in trace:
+        level = max(float(chain.mean()), 0.05)
+        middle = np.median(chain)
+        spread = 1.4826 * float(np.median(np.abs(chain - middle)))
+        noise = math.sqrt(max(0.0, spread**2 - level))
+        limit = float(gammainccinv(level, FALSE_ALARM / len(chain))) + 5 * noise
+        found.append(int((chain > limit).sum()))
+    return np.array(found)

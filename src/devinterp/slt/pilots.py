@@ -1,0 +1,183 @@
+"""Short chains of every case that settings are to serve, at one localization after another."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import xarray as xr
+from torch import nn
+
+from devinterp.engine.chain import Plan
+from devinterp.engine.curvature import gradient_noise
+from devinterp.engine.forward import Forward
+from devinterp.engine.selection import Selection
+from devinterp.engine.settings import number
+from devinterp.errors import InputValueError, got
+from devinterp.slt.diagnosis import diagnose
+from devinterp.slt.requests import request_of
+from devinterp.slt.sampling import sample
+from devinterp.slt.weight_restrictions import create_param_masks
+
+RATIOS = (10.0, 1.0, 1e-1, 1e-2, 1e-3, 1e-4)
+"""localization that is tried, as multiples of n_beta h_max"""
+SETTLED = 0.01
+"""of the transient that burn-in may leave in the flattest direction"""
+LARGEST_EXCESS = 0.1
+"""of the checkpoint's loss: chains that climb further have left its neighbourhood"""
+SOLVED = 1e-3
+"""A checkpoint's loss below this is that of an exactly solved problem, and no measure of what is far"""
+FEWEST_STEPS = 20
+PILOT_CHAINS, PILOT_DRAWS = 4, 100
+PILOT_SPACING = 25
+"""Draws of a pilot within the length of its burn-in, so that it is four times as long in all"""
+SHARES = (1.0, 0.25, 0.0625)
+"""of the step size of lr="auto" that are tried"""
+UNSTABLE = ("diverged", "spiky")
+LEAST_LR = 1e-12
+"""of runs that only measure the checkpoint"""
+
+
+@dataclass(frozen=True)
+class Tried:
+    """One localization, tried on every case; without rows where it was not worth a pilot."""
+
+    localization: float
+    lr: float
+    step_sizes: dict[str, dict[str, Any]]
+    burn_in: int
+    rows: dict[str, dict[str, Any]]
+    """by case: what the pilot chains found"""
+    fault: str
+    """why it does not work; empty where it does"""
+
+    @property
+    def works(self) -> bool:
+        return not self.fault
+
+    def __str__(self) -> str:
+        return f"localization {self.localization:g}: {self.fault or 'works'}"
+
+
+@dataclass(frozen=True)
+class Pilots:
+    """Short chains of every case."""
+
+    cases: dict[str, tuple[nn.Module, Any]]
+    dataset: Any
+    fixed: dict[str, Any]
+    max_steps: int
+    largest_excess: float | None
+
+    def arguments(self, name: str, **settings: Any) -> dict[str, Any]:
+        model, masks = self.cases[name]
+        given = {"model": model, "dataset": self.dataset, "observables": {}, "param_masks": masks, "num_init_loss_batches": 1}
+        return given | {k: v for k, v in self.fixed.items() if k != "num_init_loss_batches"} | settings
+
+    def run(self, name: str, **settings: Any) -> xr.DataTree:
+        return sample(**self.arguments(name, **settings))
+
+    def step_size(self, name: str, localization: float, lr: float | str = "auto") -> dict[str, Any]:
+        one = self.run(name, lr=lr, localization=localization, num_chains=1, num_draws=1)
+        found: dict[str, Any] = one.attrs["metadata"]["step_size"]
+        return found
+
+    def at(self, localization: float) -> Tried:
+        """The step size of lr="auto" first, then smaller ones, where chains leave the region in which it is stable."""
+        step_sizes = {name: self.step_size(name, localization) for name in self.cases}
+        auto = min(float(found["lr"]) for found in step_sizes.values())
+        for share in SHARES:
+            tried = self._at(localization, step_sizes, auto * share)
+            if not any(verdict in tried.fault for verdict in UNSTABLE):
+                break
+        return tried
+
+    def _at(self, localization: float, step_sizes: dict[str, dict[str, Any]], lr: float) -> Tried:
+        """Settled, then local, then healthy: the first that fails ends it."""
+        burn_in, rows = settling_steps(lr, localization), {}
+        if burn_in > self.max_steps:
+            fault = f"flat directions settle in {burn_in} steps, and max_steps is {self.max_steps}"
+            return Tried(localization, lr, step_sizes, burn_in, {}, fault)
+        for name in self.cases:
+            rows[name] = self._pilot(name, burn_in, lr=lr, localization=localization)
+            if fault := rows[name]["fault"]:
+                where = f" ({name})" if len(self.cases) > 1 else ""
+                return Tried(localization, lr, step_sizes, burn_in, rows, fault + where)
+        return Tried(localization, lr, step_sizes, burn_in, rows, "")
+
+    def _pilot(self, name: str, burn_in: int, **settings: Any) -> dict[str, Any]:
+        every = max(1, burn_in // PILOT_SPACING)
+        length = {
+            "num_chains": PILOT_CHAINS,
+            "num_draws": PILOT_DRAWS,
+            "num_burnin_steps": burn_in,
+            "num_steps_bw_draws": every,
+        }
+        samples = self.run(name, **length, **settings)
+        found = diagnose(samples)
+        verdicts = sorted(set(found.verdict.values.tolist()) - {"healthy", "too short"})  # the run itself is longer
+        start = float(samples["init_loss"].mean())
+        excess = float(found.llc_mean) / self.fixed["n_beta"]
+        limit = self._limit(start)
+        if excess > limit:
+            fault = f"the loss rises by {excess:.3g} from {start:.3g}, which is no longer local (limit {limit:.3g})"
+        else:
+            fault = ", ".join(verdicts)
+        return {
+            "llc": float(found.llc_mean), "llc_sem": float(found.mcse), "excess": excess, "loss": start, "fault": fault,
+            "verdict": verdicts[0] if verdicts else "healthy", "rhat": float(found.rhat_matched),
+            "every": every, "steps_bw_draws": float(found.suggested_num_steps_bw_draws),
+        }  # fmt: skip
+
+    def _limit(self, loss: float) -> float:
+        if self.largest_excess is not None:
+            return self.largest_excess
+        return LARGEST_EXCESS * loss if loss > SOLVED else math.inf
+
+
+def settling_steps(lr: float, prior: float) -> int:
+    """Until `SETTLED` is left of the squared distance where only the prior acts, (1 - lr prior / 2)^(2 steps)."""
+    return max(FEWEST_STEPS, math.ceil(math.log(SETTLED) / (2 * math.log1p(-lr * prior / 2))))
+
+
+def cases_of(model: Any, param_masks: Any) -> dict[str, tuple[nn.Module, Any]]:
+    """Every restriction on every model, by name."""
+    models = dict(model) if isinstance(model, Mapping) else {"": model}
+    if not models:
+        raise InputValueError(got("model", model, "a model, or name -> model", "Try {'last': model}."))
+    cases: dict[str, tuple[nn.Module, Any]] = {}
+    for name, one in models.items():
+        parameters = {parameter for parameter, _ in one.named_parameters()} if isinstance(one, nn.Module) else set()
+        if not isinstance(param_masks, Mapping) or set(param_masks) <= parameters:
+            restrictions = {"": param_masks}
+        else:
+            restrictions = {key: create_param_masks(one, mask) if isinstance(mask, str | list) else mask
+                            for key, mask in param_masks.items()}  # fmt: skip
+        cases |= {", ".join(filter(None, (name, key))) or "model": (one, masks) for key, masks in restrictions.items()}
+    return cases
+
+
+def candidates(localization: Any, pilots: Pilots) -> list[float]:
+    """From strong to weak."""
+    if isinstance(localization, Sequence) and not isinstance(localization, str) and localization:
+        values = list(localization)
+    elif localization is not None:
+        values = [localization]
+    else:
+        stiffest = max(pilots.step_size(name, 1.0, lr=LEAST_LR)["h_max_checkpoint"] or 0.0 for name in pilots.cases)
+        scale = max(1.0, pilots.fixed["n_beta"] * stiffest)
+        return [float(f"{ratio * scale:.0e}") for ratio in RATIOS]
+    check = number("Try [10.0, 100.0, 1000.0].", above=0.0)
+    return sorted({check("localization", value) for value in values}, reverse=True)
+
+
+def batch_noise(pilots: Pilots, name: str) -> float:
+    """Variance of a batch's gradient, summed over the moving weights, at the checkpoint."""
+    arguments = pilots.arguments(name, lr=LEAST_LR)
+    arguments.pop("progress", None)
+    request = request_of(**arguments)
+    inputs = request.inputs
+    with inputs.checkpoint.ready():
+        selection = Selection.of(inputs.checkpoint.parameters, request.masks)
+        sampler = inputs.settings.sampler(LEAST_LR)
+        return gradient_noise(Plan(inputs.settings, sampler, Forward(inputs.checkpoint), selection, inputs.batches, ()))

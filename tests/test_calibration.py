@@ -1,0 +1,137 @@
+"""calibrate(): settings that follow from rules, tried on pilots, and right when taken."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from cases import TinyLM, Weights, plan_of, quadratic, random_tokens, rows
+from checks import LIMIT
+from targets import quadratic_llc
+from zoo import tiny_model
+
+import devinterp
+from devinterp.engine.curvature import gradient_noise
+from devinterp.errors import DevinterpError
+from devinterp.slt.pilots import cases_of, settling_steps
+
+H = [8.0] * 5 + [2.0] * 35
+SHORT = {"n_beta": 10.0, "batch_size": 4, "progress": False}
+
+
+def stiff_and_flat(model, ids):
+    h = torch.tensor(H)
+    return (0.5 * h * model.w.square()).sum().expand(len(ids), 1)
+
+
+def test_the_weakest_localization_that_settles_is_taken_and_gives_the_exact_value():
+    model, data = Weights(torch.zeros(40)), rows(20)
+    found = devinterp.calibrate(
+        model, data, loss_fn=stiff_and_flat, accuracy=0.05, max_steps=1000, num_init_loss_batches=1, **SHORT
+    )
+    tried = found.table.localization.values.tolist()
+    assert tried == [800.0, 80.0, 8.0, 0.8, 0.08]  # 10 n_beta h_max downwards, until one takes more than max_steps
+    assert found.settings["localization"] == 0.8
+    assert found.settings["lr"] == pytest.approx(1 / (10 * 8 + 0.8), rel=0.02)
+    assert found.settings["num_burnin_steps"] == settling_steps(found.settings["lr"], 0.8)
+    assert "max_steps is 1000" in str(found.table.fault.values[-1])
+    result = devinterp.llc(model, data, progress=False, **found.settings)
+    truth = quadratic_llc(H, 10.0, 0.8)
+    assert abs(float(result.llc_mean) - truth) < LIMIT * float(result.llc_sem)
+    assert float(result.llc_sem) < 0.05 * 1.5 * truth
+    text = str(found)
+    assert "localization=0.8: the weakest of those tried" in text
+    assert "not localization 0.08: flat directions settle in" in text
+
+
+def test_settling_steps_leave_what_they_say():
+    steps = settling_steps(0.001, 20.0)
+    assert (1 - 0.001 * 20 / 2) ** (2 * steps) <= 0.01 < (1 - 0.001 * 20 / 2) ** (2 * steps - 2)
+
+
+def test_chains_that_leave_the_neighbourhood_are_not_taken():
+    model, data = TinyLM(), random_tokens()
+    start = float(
+        devinterp.llc(model, data, lr=1e-6, num_draws=4, localization=1.0, num_init_loss_batches=1, **SHORT).init_loss
+    )
+    with pytest.raises(
+        DevinterpError, match=rf"no localization works:\n  - localization 3: the loss rises by .* from {start:.2f}"
+    ):
+        devinterp.calibrate(model, data, localization=[3.0], largest_excess=1e-4, **SHORT)
+    found = devinterp.calibrate(model, data, localization=[1.0, 3.0], largest_excess=math.inf, **SHORT)
+    assert found.settings["localization"] == 1.0
+
+
+def test_one_setting_for_checkpoints_and_components():
+    half = {"w": torch.arange(40) < 5}
+    models = {"first": Weights(torch.zeros(40)), "last": Weights(torch.zeros(40))}
+    found = devinterp.calibrate(models, rows(20), param_masks={"full": None, "stiff": half}, loss_fn=stiff_and_flat,
+                                localization=[50.0], **SHORT)  # fmt: skip
+    names = ["first, full", "first, stiff", "last, full", "last, stiff"]
+    assert found.table.case.values.tolist() == names
+    row = found.table.sel(localization=50.0)
+    assert found.settings["lr"] == float(row.lr.min())
+    assert set(row.verdict.values) <= {"healthy", "too short"}
+    np.testing.assert_allclose(row.llc[1], quadratic_llc(H[:5], 10.0, 50.0), rtol=0.2)
+    assert all(name in str(found) for name in names)
+    figure = found.plot()
+    assert {text.get_text() for text in figure.axes[0].get_legend().get_texts()} == {*names, "chosen: 50"}
+
+
+def test_restrictions_by_name():
+    model = tiny_model("gpt_neox", "mha")
+    cases = cases_of({"a": model}, {"full": None, "l0h1": "l0h1"})
+    assert list(cases) == ["a, full", "a, l0h1"]
+    assert cases["a, full"] == (model, None)
+    assert set(cases["a, l0h1"][1]) == set(devinterp.create_param_masks(model, "l0h1"))
+    masks = devinterp.create_param_masks(model, "l0h1")
+    assert cases_of(model, masks) == {"model": (model, masks)}
+
+
+def test_the_settings_are_those_of_sample_and_what_was_given_is_handed_through():
+    found = devinterp.calibrate(
+        TinyLM(),
+        random_tokens(),
+        localization=20.0,
+        gradient_accumulation_steps=2,
+        init_seed=3,
+        num_init_loss_batches=1,
+        **SHORT,
+    )
+    assert found.settings["gradient_accumulation_steps"] == 2
+    assert found.settings["init_seed"] == 3
+    samples = devinterp.sample(TinyLM(), random_tokens(), {}, progress=False, **found.settings)
+    assert set(devinterp.diagnose(samples).verdict.values) == {"healthy"}
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"lr": 0.1}, "lr=0.1: must be absent"),
+        ({"num_draws": 5}, "num_draws=5: must be absent"),
+        ({"accuracy": 0.0}, "accuracy=0.0"),
+        ({"max_steps": 0}, "max_steps=0"),
+        ({"localization": [0.0, 1.0]}, "localization=0.0"),
+        ({"localization": "weak"}, "localization='weak'"),
+        ({"n_beta": -1.0}, "n_beta=-1.0"),
+        ({"batch_size": 4000}, "batch_size"),
+    ],
+)
+def test_wrong_arguments_are_refused(given, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        devinterp.calibrate(TinyLM(), random_tokens(), **SHORT | given)
+    with pytest.raises((ValueError, TypeError), match="model="):
+        devinterp.calibrate({}, random_tokens(), **SHORT)
+
+
+def test_noise_of_batches_is_their_variance():
+    """Every row pushes each of 1000 weights by an independent sign: variance 1/4 a weight for batches of 4."""
+    signs = torch.randint(0, 2, (400, 1000), generator=torch.Generator().manual_seed(0)).float() * 2 - 1
+    loss_fn = lambda model, ids: (signs[ids[:, 0]] @ model.w + 3.0 * model.w.sum())[:, None]  # noqa: E731
+    plan = plan_of(Weights(torch.zeros(1000)), rows(400), loss_fn, batch_size=4)
+    with plan.checkpoint.ready():
+        found = gradient_noise(plan)
+    assert found == pytest.approx(1000 / 4, abs=LIMIT * 1000 / 4 * np.sqrt(2 / 7 / 1000))
+    plan = plan_of(Weights(torch.ones(10)), rows(40), quadratic(2.0), batch_size=4)
+    with plan.checkpoint.ready():
+        assert gradient_noise(plan) == pytest.approx(0.0, abs=1e-6)

@@ -1,0 +1,170 @@
+"""diagnose(): its statistics against slow versions, its verdicts on traces made healthy and sick on purpose."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from arviz_stats.base import array_stats
+from cases import TinyLM, Weights, quadratic, random_tokens, rows
+
+import devinterp
+from devinterp.analysis.chains import Change, disagreement, spikes, without_common
+from devinterp.analysis.uncertainty import rhat
+from devinterp.analysis.verdicts import Run
+from devinterp.errors import ChainsUnusable
+from devinterp.slt.diagnosis import describe
+
+SHORT = {"lr": 1e-3, "n_beta": 10.0, "localization": 5.0, "batch_size": 4, "num_draws": 40, "num_chains": 3,
+         "num_init_loss_batches": 1, "progress": False}  # fmt: skip
+
+
+def energies(rng, chains: int = 4, draws: int = 200, directions: int = 20, rho: float = 0.5, shared: float = 0.0):
+    """n_beta times the excess loss of chains that are at rest on a quadratic, with the noise of batches that all share."""
+    noise = rng.standard_normal((chains, draws, directions))
+    w = np.empty_like(noise)
+    w[:, 0] = noise[:, 0]
+    for d in range(1, draws):
+        w[:, d] = rho * w[:, d - 1] + math.sqrt(1 - rho**2) * noise[:, d]
+    return 0.5 * np.square(w).sum(-1) + shared * rng.standard_normal(draws)
+
+
+def verdicts(trace, coarse: str = "") -> list[str]:
+    return [judgement.verdict for judgement in Run(trace, 1e-9, coarse).judge()]
+
+
+@pytest.mark.parametrize("directions", [1, 20, 200])
+@pytest.mark.parametrize(("chains", "rho", "shared"), [(4, 0.0, 0.0), (4, 0.7, 0.0), (4, 0.5, 0.5), (1, 0.5, 0.0)])
+def test_chains_at_rest_are_rarely_taken_for_sick(directions, chains, rho, shared):
+    rng, counts = np.random.default_rng(0), {}
+    draws = 2000 if directions == 1 else 400
+    for _ in range(50):
+        for verdict in verdicts(energies(rng, chains, draws, directions, rho, shared * directions**0.5)):
+            counts[verdict] = counts.get(verdict, 0) + 1
+    assert counts.get("healthy", 0) >= 0.9 * 50 * chains, counts
+
+
+def test_each_fault_has_its_verdict():
+    rng = np.random.default_rng(1)
+    base, late = energies(rng), np.linspace(0, 1, 200)
+    assert verdicts(base) == ["healthy"] * 4
+    assert verdicts(base + 6 * late) == ["still climbing"] * 4
+    assert verdicts(base + 8 * np.exp(-10 * late)) == ["still falling"] * 4
+    assert verdicts(base - 15) == ["fell below the start"] * 4
+    spiky = base.copy()
+    spiky[2, [50, 120]] += 60
+    assert verdicts(spiky) == ["healthy", "healthy", "spiky", "healthy"]
+    assert verdicts(base + np.array([[0], [0], [0], [5]])) == ["healthy"] * 3 + ["chains disagree"]
+    dead = base.copy()
+    dead[1] = 0.0
+    assert verdicts(dead)[1] == "too little signal"
+    assert verdicts(base - 10 + 30 * rng.standard_normal((4, 200))) == ["too little signal"] * 4
+    assert verdicts(base, "it is too large") == ["step too large"] * 4
+    assert verdicts(base[:, :8]) == ["too short"] * 4
+    assert verdicts(base[:1, :3]) == ["too short"]
+
+
+def test_a_slow_climb_without_noise_is_no_rest():
+    """As with localization 0: its autocorrelation alone would leave nothing significant."""
+    climb = np.cumsum(0.05 + 0.02 * np.random.default_rng(0).standard_normal((4, 200)), axis=1)
+    assert set(verdicts(climb)) == {"still climbing"}
+
+
+def test_rhat_without_what_chains_share():
+    """Noise that all chains share hides that their levels differ; taken off, R-hat is that of traces without it."""
+    rng = np.random.default_rng(0)
+    own = energies(rng, directions=50) + np.array([[0.0], [4.0], [8.0], [12.0]])
+    shared = own + 20 * rng.standard_normal(200)
+    assert rhat(shared) < 1.05 < 1.2 < rhat(own)
+    assert rhat(without_common(shared)) == pytest.approx(rhat(without_common(own)), rel=1e-9)
+    assert rhat(without_common(shared)) == pytest.approx(rhat(own), abs=0.1)
+    assert verdicts(shared)[0] == verdicts(shared)[3] == "chains disagree"
+
+
+def test_disagreement_is_a_probability():
+    """Of chains of one law it is uniform: rarely small."""
+    rng = np.random.default_rng(0)
+    found = np.array([disagreement(energies(rng, draws=400))[0] for _ in range(300)])
+    assert (found < 0.05).mean() < 0.15
+    assert (found < 1e-4).mean() < 0.02
+    assert 0.3 < np.median(found) < 0.7
+
+
+def test_spikes_are_counted_where_they_are():
+    rng = np.random.default_rng(0)
+    trace = energies(rng, directions=1, rho=0.0, draws=2000)  # the heaviest tail: chi-squared of one direction
+    assert spikes(trace).tolist() == [0, 0, 0, 0]
+    trace[3, 7] += 40
+    assert spikes(trace).tolist() == [0, 0, 0, 1]
+
+
+def test_change_of_a_line():
+    change = Change.of(np.arange(8.0)[None])
+    assert change.size == 4.0
+    assert math.isnan(Change.of(np.arange(6.0)[None]).error)
+
+
+def test_statistics_are_those_of_the_paired_trace():
+    samples = devinterp.sample(TinyLM(), random_tokens(), {}, num_burnin_steps=10, num_steps_bw_draws=2, **SHORT)
+    found = devinterp.diagnose(samples)
+    trace = 10.0 * devinterp.compute_llc(samples).excess_trace.values
+    axes = {"chain_axis": 0, "draw_axis": 1}
+    assert float(found.llc_mean) == pytest.approx(trace.mean())
+    np.testing.assert_allclose(found.llc_chain, trace.mean(1))
+    np.testing.assert_allclose(found.llc_running[1], [trace[1, : n + 1].mean() for n in range(40)])
+    assert float(found.rhat) == pytest.approx(float(array_stats.rhat(trace, **axes)))
+    assert float(found.ess_tail) == pytest.approx(float(array_stats.ess(trace, method="tail", prob=(0.05, 0.95), **axes)))
+    time = trace.size / float(array_stats.ess(trace, method="mean", **axes))
+    assert float(found.autocorrelation_time) == pytest.approx(time)
+    assert float(found.suggested_num_steps_bw_draws) == max(1, round(2 * time))
+    assert float(found.within_variance) == pytest.approx(np.mean([np.var(row, ddof=1) for row in trace]))
+    assert float(found.between_variance) == pytest.approx(np.var(trace.mean(1), ddof=1))
+    steps = 10 + 2 * np.arange(1, 41)
+    assert float(found.transient_left) == pytest.approx(np.mean((1 - 1e-3 * 5.0 / 2) ** (2 * steps)))
+    assert found.attrs["num_chains_used"] == 3
+    assert found.llc_running.dims == ("chain", "draw")
+
+
+def test_it_is_told_in_sentences():
+    samples = devinterp.sample(Weights(torch.zeros(40)), rows(20), {}, loss_fn=quadratic(2.0), lr=0.04, n_beta=10.0,
+                               localization=5.0, num_burnin_steps=60, num_draws=300, num_steps_bw_draws=4, batch_size=4,
+                               num_init_loss_batches=1, sampling_method="leimkuhler_matthews", progress=False)  # fmt: skip
+    text = describe(devinterp.diagnose(samples))
+    assert "All chains: healthy: level, without spikes, and with the others." in text
+    assert "R-hat 1.0" in text
+    assert "lr A = 1 along the stiffest direction (stable below 4)." in text
+    assert "LLC 15.9" in text or "LLC 16" in text
+
+
+@pytest.mark.filterwarnings("ignore:lr=")
+def test_chains_that_diverged_are_told_of_and_left_out():
+    quartic = lambda model, ids: model.w.pow(4).sum().expand(len(ids), 1)  # noqa: E731
+    wild = SHORT | {"lr": 0.5, "localization": 0.0, "num_draws": 200}
+    samples = devinterp.sample(Weights(torch.ones(3)), rows(20), {}, loss_fn=quartic, **wild)
+    found = devinterp.diagnose(samples)
+    assert found.verdict.values.tolist() == ["diverged"] * 3
+    assert "its loss stopped being finite after" in str(found.reason.values[0])
+    assert math.isnan(float(found.llc_mean))
+    assert found.llc_running.isnull().all()
+    assert "LLC" not in describe(found).split("\n")[0]
+    one = devinterp.sample(TinyLM(), random_tokens(), {}, **SHORT).to_dataset().load()
+    one = one.assign(chain_status=("chain", [1, 3, 1]))
+    found = devinterp.diagnose(one)
+    assert found.verdict.values[1] == "failed"
+    assert found.attrs["num_chains_used"] == 2
+    assert found.llc_chain.isnull().values.tolist() == [False, True, False]
+    with pytest.raises(ChainsUnusable, match=r"chains \[0\] are not finished"):
+        devinterp.diagnose(one.assign(chain_status=("chain", [0, 1, 1])))
+
+
+def test_a_step_that_is_too_large_is_seen_by_the_curvature():
+    settings = SHORT | {"localization": 1.0, "num_draws": 400, "num_burnin_steps": 50}
+    for method, lr, expected in (
+        ("sgmcmc_sgld", 0.14, "step too large"),
+        ("sgmcmc_sgld", 0.01, "healthy"),
+        ("leimkuhler_matthews", 0.14, "step too large"),
+        ("leimkuhler_matthews", 0.04, "healthy"),
+    ):
+        samples = devinterp.sample(Weights(torch.zeros(40)), rows(20), {}, loss_fn=quadratic(2.0),
+                                   **settings | {"lr": lr, "sampling_method": method})  # fmt: skip
+        assert set(devinterp.diagnose(samples).verdict.values) == {expected}, (method, lr)
