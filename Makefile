@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo test test-slow test-crashes lint planted-bugs figures bench clean
+.PHONY: help demo test test-slow test-crashes test-oldest lint planted-bugs figures bench clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /\1\t/' | expand -t 16
@@ -30,7 +30,13 @@ test-slow: .venv/.installed  ## known learning coefficients of deep linear netwo
 test-crashes: .venv/.installed  ## runs killed before every operation on files, power failures, full disks, sequences of all (about an hour)
 	$(BIN)/python -m pytest -m slow -s tests/test_crashes.py tests/test_crash_sequences.py tests/test_resume.py
 
-planted-bugs: .venv/.installed  ## plant each known bug in a copy and see a test fail (about 5 minutes)
+test-oldest:  ## stores and strangers' files with the oldest libraries that are allowed (its own environment; about 8 minutes)
+	test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/pip install -q -c constraints.txt -e '.[dev]'
+	.venv-oldest/bin/pip install -q --no-deps -r oldest.txt
+	.venv-oldest/bin/python -m pytest tests/test_strangers.py tests/test_hostile_*.py tests/test_no_side_doors.py tests/test_store.py tests/test_resume.py
+
+planted-bugs: .venv/.installed  ## plant each known bug in a copy and see a test fail (about two hours)
 	$(BIN)/python tests/planted_bugs.py
 
 figures: .venv/.installed  ## step sizes and peak memory on the demo's last checkpoint (after make demo)

@@ -129,7 +129,7 @@ class StoreWriter:
     def diverged_at(self, chain: int) -> int:
         return int(np.asarray(self.array("diverged_at")[chain]))
 
-    def array(self, name: str) -> zarr.Array[Any]:
+    def array(self, name: str) -> "zarr.Array[Any]":
         array = self._root.get(name)
         if not isinstance(array, zarr.Array):
             raise StoreError(
