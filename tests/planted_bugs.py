@@ -38,6 +38,7 @@ FAST, PLACE = "tests/test_fast_paths.py", "tests/test_placement.py"
 STRANGERS, ATTRIBUTES = "tests/test_strangers.py", "tests/test_hostile_metadata.py"
 NAMES, DOORS, GUARD = "tests/test_hostile_names.py", "tests/test_no_side_doors.py", "store/guard.py"
 RESUME, CRASHES = "tests/test_resume.py", "tests/test_crashes.py"
+DIAGNOSIS, CALIBRATION = "tests/test_diagnosis.py", "tests/test_calibration.py"
 RMS, LOOP = "samplers/rmsprop_sgld.py", "engine/chain.py"
 
 BUGS = [
@@ -176,6 +177,16 @@ BUGS = [
     Bug("names that leave the store", "store/folder.py", 'and ".." not in name', "", RESUME),
     Bug("order of sets", CODE, "*sorted(map(reader.of, value)))", "*map(reader.of, value))", IDENTITY),
     Bug("origin of a configuration compared", CODE, "if name not in NOT_OF_CONFIGS", "if True", IDENTITY),
+    Bug("noise of shared batches left in R-hat", "analysis/chains.py", "own: Trace = trace - trace.mean(axis=0, keepdims=True) + trace.mean()", "own: Trace = trace", DIAGNOSIS),
+    Bug("a climb hidden by its own autocorrelation", "analysis/chains.py", "about = [_about_line(part) for part in (early, late)]", "about = [early, late]", DIAGNOSIS),
+    Bug("noise of batches taken for spikes' room", "analysis/chains.py", "(chain > limit)", "(chain > 3 * limit)", DIAGNOSIS),
+    Bug("variance of batches left in", "analysis/llc.py", " - batch_variance", "", LLC),
+    Bug("bias of the step size doubled", "analysis/step_size.py", "self.trace / 8", "self.trace / 4", LLC),
+    Bug("errors of tokens halved", "slt/llc_parts.py", "+ standard_errors(traces.values)", "+ standard_errors(traces.values) / 2", LLC),
+    Bug("trace without its size", "engine/curvature.py", "curvature.first_quotient * plan.selection.size", "curvature.first_quotient", "tests/test_curvature.py"),
+    Bug("pilots that left the neighbourhood taken", "slt/pilots.py", "if excess > limit:", "if False:", CALIBRATION),
+    Bug("half the burn-in", "slt/pilots.py", "(2 * math.log1p(", "(4 * math.log1p(", CALIBRATION),
+    Bug("workers started where none may be", "engine/placement.py", "if multiprocessing.current_process().daemon:", "if False:", PLACE),
 ]  # fmt: skip
 
 
