@@ -115,3 +115,11 @@ def plan_of(
     selection = Selection.of(checkpoint.parameters, check_masks(model, masks))
     sampler = chosen.sampler(1.0 if chosen.lr == "auto" else float(chosen.lr))
     return Plan(chosen, sampler, Forward(checkpoint), selection, Batches.of(tokens, chosen), seen)
+
+
+def autoregressive(rng: np.random.Generator, rho: float, *shape: int) -> np.ndarray:
+    """Stationary Gaussian series of variance 1 along the second axis, with autocorrelation rho^k."""
+    x = rng.standard_normal(shape)
+    for t in range(1, shape[1]):
+        x[:, t] = rho * x[:, t - 1] + (1 - rho**2) ** 0.5 * x[:, t]
+    return x

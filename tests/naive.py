@@ -2,6 +2,7 @@
 
 import numpy as np
 import xarray as xr
+from arviz_stats.base import array_stats
 
 
 def covariance(a: np.ndarray, b: np.ndarray) -> float:
@@ -60,3 +61,18 @@ def susceptibility(restricted: xr.Dataset, full: xr.Dataset, task: str, observab
             else:
                 result[b, t] = -covariance(np.array(g), np.array(token_loss) - np.array(L))
     return result
+
+
+def standard_error(trace: np.ndarray) -> float:
+    """ArviZ's Monte Carlo standard error of a trace (chain, draw), or of its mean over chains, if that is larger."""
+    return max(float(array_stats.mcse(x, chain_axis=0, draw_axis=1, method="mean")) for x in (trace, trace.mean(0)[None]))
+
+
+def susceptibility_error(restricted: xr.Dataset, full: xr.Dataset, task: str, loss: xr.DataArray, full_loss, estimator: str):
+    """Of one token, or of a mean over some, given by its losses (chain, draw) in both runs."""
+    L, full_L = (ds[f"loss_{task}"].astype(float).mean([f"batch_{task}", "token_pos"]).values for ds in (restricted, full))
+    g = L - float(restricted[f"init_loss_{task}"].astype(float).mean())
+    d, full_d = L - loss.astype(float).values, full_L - full_loss.astype(float).values
+    if estimator == "one_chain":
+        return standard_error((g - g.mean()) * (d - d.mean()))
+    return (standard_error(g * (d - full_d.mean())) ** 2 + (g.mean() * standard_error(full_d)) ** 2) ** 0.5

@@ -69,6 +69,11 @@ def sgld_llc_moments(
     return float(mean), float(variance)
 
 
+def quadratic_covariance(A: np.ndarray, a: np.ndarray, B: np.ndarray, b: np.ndarray, S: np.ndarray) -> float:
+    """Covariance of w'Aw/2 + a'w and w'Bw/2 + b'w under a centred Gaussian of covariance S: a'Sb + tr(A S B S)/2."""
+    return float(a @ S @ b + 0.5 * np.trace(A @ S @ B @ S))
+
+
 def deep_linear_llc(widths: Sequence[int], rank: int) -> tuple[float, int]:
     """Learning coefficient and multiplicity of a deep linear network (Aoyagi 2024, Neural Networks 172:106132)."""
     surplus = sorted(width - rank for width in widths)

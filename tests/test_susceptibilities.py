@@ -5,7 +5,8 @@ import pytest
 import torch
 import xarray as xr
 from cases import TinyLM, Weights, random_tokens, rows
-from naive import susceptibility
+from checks import LIMIT
+from naive import susceptibility, susceptibility_error
 
 import devinterp
 from devinterp.errors import ChainsUnusable, DevinterpInputError, RunMismatchError, StoreError
@@ -25,9 +26,9 @@ def runs():
     }
 
 
-def column(tree: xr.DataTree, wr: str, dataset_id: int, shape: tuple[int, int]) -> np.ndarray:
+def column(tree: xr.DataTree, wr: str, dataset_id: int, shape: tuple[int, ...], name: str = "sus") -> np.ndarray:
     sus = tree["susceptibilities"].to_dataset()
-    return sus.sus.sel(wr=wr).values[sus.dataset_id.values == dataset_id].reshape(shape)
+    return sus[name].sel(wr=wr).values[sus.dataset_id.values == dataset_id].reshape(shape)
 
 
 @pytest.mark.parametrize("estimator", ["two_chain", "one_chain"])
@@ -44,6 +45,31 @@ def test_against_a_draw_by_draw_version(runs, estimator, monkeypatch):
             np.testing.assert_allclose(
                 column(tree, wr, number, (count, 5)), expected, rtol=1e-5, atol=1e-8 * np.abs(expected).max()
             )
+
+
+@pytest.mark.parametrize("estimator", ["two_chain", "one_chain"])
+@pytest.mark.parametrize("mean_over", [None, "sequence", "dataset"])
+def test_errors_against_one_trace_at_a_time(runs, estimator, mean_over, monkeypatch):
+    monkeypatch.setattr("devinterp.slt.suite_errors.READ_BYTES", 1000)  # two sequences
+    options = {"estimator": estimator, "mean_over": mean_over}
+    sus = devinterp.compute_susceptibilities(runs, "pile", **options)["susceptibilities"].to_dataset()
+    assert sus.sus_sem.dims == sus.sus.dims
+    over = {None: [], "sequence": ["token_pos"], "dataset": ["token_pos", "batch"]}[mean_over]
+    for wr in ("mix", "out"):
+        expected = []
+        for name in ("a_b", "b"):
+            losses = [runs[run][f"loss_{name}"].rename({f"batch_{name}": "batch"}) for run in (wr, "full")]
+            means = [loss.mean(over, dtype=np.float64).expand_dims([d for d in ("batch", "token_pos") if d in over])
+                     for loss in losses]  # fmt: skip
+            for b in range(means[0].sizes["batch"]):
+                for t in range(means[0].sizes["token_pos"]):
+                    loss, full_loss = (m.isel(batch=b, token_pos=t).transpose("chain", "draw") for m in means)
+                    expected.append(susceptibility_error(runs[wr], runs["full"], "pile", loss, full_loss, estimator))
+        np.testing.assert_allclose(sus.sus_sem.sel(wr=wr), expected, rtol=1e-4)
+    scaled = devinterp.compute_susceptibilities(runs, "pile", standardize=True, **options)["susceptibilities"].to_dataset()
+    np.testing.assert_allclose(scaled.sus_sem * scaled.sus_std, sus.sus_sem)
+    without = devinterp.compute_susceptibilities(runs, "pile", errors=False, **options)["susceptibilities"].to_dataset()
+    xr.testing.assert_equal(without, sus.drop_vars("sus_sem"))
 
 
 def test_the_table_says_where_each_value_belongs(runs):
@@ -116,10 +142,9 @@ def test_exact_on_a_quadratic_and_its_sign():
     ids = samples["full"].input_ids_probe[:, 0].values
     truth = np.array([0.5 * float(torch.trace(H @ S @ (H - A[i][moved][:, moved]) @ S)) for i in ids])
 
-    def estimates(estimator, full, some):
-        return column(
-            devinterp.compute_susceptibilities({"full": full, "some": some}, "task", estimator=estimator), "some", 0, (n,)
-        )
+    def estimates(estimator, full, some, name="sus"):
+        tree = devinterp.compute_susceptibilities({"full": full, "some": some}, "task", estimator=estimator)
+        return column(tree, "some", 0, (n,), name)
 
     parts = [slice(start, start + 100) for start in range(0, draws, 100)]
     for estimator in ("one_chain", "two_chain"):
@@ -127,6 +152,9 @@ def test_exact_on_a_quadratic_and_its_sign():
         error = np.std(spread, axis=0, ddof=1) / len(parts) ** 0.5
         z = (estimates(estimator, *samples.values()) - truth) / error
         assert np.abs(z).max() < 6, z  # ten batches: Student's t with 9 degrees of freedom
+        told = estimates(estimator, *samples.values(), "sus_sem")
+        assert np.abs((estimates(estimator, *samples.values()) - truth) / told).max() < LIMIT
+        assert ((told > 0.5 * error) & (told < 3 * error)).all(), "a wide error hides nothing"
         assert (np.abs(truth) > 8 * error).sum() >= 2, "the test can tell the sign"
     assert truth[list(ids).index(0)] < 0, "the row that the component serves most: expression is negative"
 
@@ -278,6 +306,7 @@ BAD = [
     ({"estimator": "three_chain"}, "estimator='three_chain'"),
     ({"standardize": "yes"}, "standardize='yes'"),
     ({"mean_over": "token"}, "mean_over='token'"),
+    ({"errors": "yes"}, "errors='yes'"),
     ({"include_sampling_task": 1}, "include_sampling_task=1"),
     ({"param_masks": None}, "param_masks"),
     ({"output_path": "s3://bucket/x"}, "output_path"),

@@ -1,7 +1,9 @@
-"""The two susceptibility estimators, from running sums over draws. Bare arrays only."""
+"""The two susceptibility estimators, from running sums over draws, and the errors of both. Bare arrays only."""
 
 import numpy as np
 import numpy.typing as npt
+
+from devinterp.analysis.uncertainty import standard_errors
 
 Doubles = npt.NDArray[np.float64]
 
@@ -34,6 +36,43 @@ class Moments:
     def one_chain(self) -> Doubles:
         """Cov_C(g, d) = -Cov_C(g, l - L), with N - 1."""
         return np.asarray((self.gd - self.g * self.d / self.count) / (self.count - 1))
+
+
+def one_chain_errors(g: Doubles, d: Doubles) -> Doubles:
+    """Standard errors of Cov_C(g, d) by the delta method: those of the mean of
+
+        (g_t - E_C[g]) (d_t - E_C[d])
+
+    which is the estimate itself to first order in the errors of both means.
+
+    Args:
+        g: shape (chain, draw), or (chain, draw, 1 ...) to match d.
+        d: shape (chain, draw, ...).
+    """
+    return standard_errors(_centred(_beside(g, d)) * _centred(d))
+
+
+def two_chain_errors(g: Doubles, d: Doubles, full_mean: Doubles, full_error: Doubles) -> Doubles:
+    """Standard errors of E_C[g d] - E_C[g] E_full[d], the runs taken as independent:
+
+        e^2 = error of E_C[g (d - E_full[d])]^2 + (E_C[g] error of E_full[d])^2
+
+    Args:
+        g, d: of the restricted run, as in `one_chain_errors`.
+        full_mean, full_error: E_full[d] and its own standard error, shape (...).
+    """
+    g = _beside(g, d)
+    errors: Doubles = np.hypot(standard_errors(g * (d - full_mean)), g.mean(axis=(0, 1)) * full_error)
+    return errors
+
+
+def _beside(g: Doubles, d: Doubles) -> Doubles:
+    return g.reshape(*g.shape, *[1] * (d.ndim - g.ndim))
+
+
+def _centred(x: Doubles) -> Doubles:
+    centred: Doubles = x - x.mean(axis=(0, 1))
+    return centred
 
 
 def standardised(values: Doubles) -> tuple[Doubles, Doubles, Doubles]:

@@ -149,7 +149,7 @@ def susceptibilities_command(
     from devinterp.slt.susceptibilities import Options, path_of_run, susceptibilities
     from devinterp.store.matrices import check_new_path
 
-    Options(estimator, not raw, None, "raise")
+    Options(estimator, not raw, None, True, "raise")
     if save is not None:
         check_new_path(save)
     _need_observables(job, "--observable code=code.txt")

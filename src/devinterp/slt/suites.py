@@ -81,17 +81,26 @@ class Suite:
         return {name: told[name] for name in wanted if name in told} | {"dropped_chains": self.dropped}
 
 
+def at_checkpoint(suite: Suite) -> tuple[float, dict[str, Doubles]]:
+    """L(w0), and (L - l)(w0) for every token of each observable (0 where it is not known: it cancels)."""
+    shared = suite.first
+    # devinterp 2.0 has no loss at the checkpoint on the observables' own tokens
+    known = f"init_loss_{suite.task}" in shared
+    of_task = float(shared[f"init_loss_{suite.task}" if known else "init_loss"].mean(dtype=np.float64))
+    shapes = {o: (shared.sizes[f"batch_{o}"], shared.sizes["token_pos"]) for o in suite.names}
+    return of_task, {
+        o: of_task - shared[f"init_loss_{o}"].values.astype(np.float64) if known else np.zeros(shape)
+        for o, shape in shapes.items()
+    }
+
+
 def moments_of(suite: Suite, name: str) -> dict[str, Moments]:
     """Moments of one run for every observable, reading a bounded number of draws of one chain at a time.
 
     The memory does not depend on the number of draws, chains or runs.
     """
-    ds, shared = suite.runs[name], suite.first
-    # devinterp 2.0 has no loss at the checkpoint on the observables' own tokens
-    known = f"init_loss_{suite.task}" in shared
-    at_checkpoint = float(shared[f"init_loss_{suite.task}" if known else "init_loss"].mean(dtype=np.float64))
+    ds, (task_start, starts) = suite.runs[name], at_checkpoint(suite)
     found = {o: Moments((ds.sizes[f"batch_{o}"], ds.sizes["token_pos"])) for o in suite.names}
-    starts = {o: at_checkpoint - shared[f"init_loss_{o}"].values.astype(np.float64) if known else 0.0 for o in suite.names}
     for chain in range(ds.sizes["chain"]):
         one = ds.isel(chain=chain)
         task = one[f"loss_{suite.task}"].transpose("draw", ...)
@@ -99,19 +108,32 @@ def moments_of(suite: Suite, name: str) -> dict[str, Moments]:
         for observable, moments in found.items():
             losses = one[f"loss_{observable}"].transpose("draw", f"batch_{observable}", "token_pos")
             for mean, part in zip(means, draws_in_parts(losses), strict=True):
-                moments.add(mean - at_checkpoint, mean[:, None, None] - part.values.astype(np.float64) - starts[observable])
+                moments.add(mean - task_start, mean[:, None, None] - part.values.astype(np.float64) - starts[observable])
+    if not all(np.isfinite(moments.d).all() and np.isfinite(moments.gd).all() for moments in found.values()):
+        raise StoreError("the samples hold losses that are not finite. Look at them; drop those chains.")
     return found
 
 
-def table(suite: Suite, found: Sequence[Mapping[str, Doubles]], standardize: bool, mean_over: str | None) -> xr.DataTree:
-    """One column per restriction, one row per token (or sequence, or observable), and the tokens' contexts."""
-    values = np.stack([np.concatenate([one[o].ravel() for o in suite.names]) for one in found], axis=1)
-    if not np.isfinite(values).all():
-        raise StoreError("the samples hold losses that are not finite. Look at them; drop those chains.")
+def table(
+    suite: Suite,
+    found: Sequence[Mapping[str, Doubles]],
+    errors: Sequence[Mapping[str, Doubles]],
+    standardize: bool,
+    mean_over: str | None,
+) -> xr.DataTree:
+    """One column per restriction, one row per token (or sequence, or observable), and the tokens' contexts.
+
+    `found` is of single tokens; `errors` of the rows of the result, none where they are not wanted.
+    """
+    values = _columns(suite, found)
     extra: dict[str, Any] = {}
+    scale: Any = 1.0
     if standardize:
         values, mean, deviation = standardised(values)
         extra = {"sus_mean": ("wr", mean), "sus_std": ("wr", deviation)}
+        scale = np.where(np.isnan(values[0]), np.nan, deviation)
+    if errors:
+        extra["sus_sem"] = (("sus_flat", "wr"), _columns(suite, errors) / scale)
     shapes = [found[0][o].shape for o in suite.names]
     grid = _grid(shapes, ("batch", "target_position"), start=1)
     if mean_over is not None:
@@ -131,6 +153,10 @@ def table(suite: Suite, found: Sequence[Mapping[str, Doubles]], standardize: boo
             ).assign_attrs(named),
         }
     )
+
+
+def _columns(suite: Suite, found: Sequence[Mapping[str, Doubles]]) -> Doubles:
+    return np.stack([np.concatenate([one[o].ravel() for o in suite.names]) for one in found], axis=1)
 
 
 Grid = dict[str, npt.NDArray[np.int64]]

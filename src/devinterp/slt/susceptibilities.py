@@ -17,6 +17,7 @@ from devinterp.engine.tokens import stored_name
 from devinterp.errors import ChainsUnusable, DevinterpInputError, InputTypeError, InputValueError, got
 from devinterp.slt.requests import Inputs, Request
 from devinterp.slt.running import run_suite, run_to_store
+from devinterp.slt.suite_errors import errors_of, errors_of_full
 from devinterp.slt.suites import FULL, Suite, moments_of, table
 from devinterp.slt.weight_restrictions import create_param_masks
 from devinterp.store.reader import metadata_of, open_store
@@ -42,6 +43,7 @@ def susceptibilities(
     estimator: str = "two_chain",
     standardize: bool = False,
     mean_over: str | None = None,
+    errors: bool = True,
     on_diverged: str = "raise",
     output_path: str | os.PathLike[str] | None = None,
     device: str | torch.device | None = None,
@@ -60,7 +62,7 @@ def susceptibilities(
             such as "l0h1" or ["l0h1", "l0 mlp"]. Must hold "full".
         sampling_task: the observable whose mean loss is L: more sequences of the sampling data.
         include_sampling_task: also the susceptibilities to the tokens of the sampling task itself.
-        estimator, standardize, mean_over: as in `compute_susceptibilities`.
+        estimator, standardize, mean_over, errors: as in `compute_susceptibilities`.
         on_diverged: "raise" counts a restriction with a diverged chain as failed; "drop" goes on without the chain.
         output_path: the run of restriction R is stored at `<stem>_R<suffix>`; None = temporary.
         progress: one bar over all runs.
@@ -74,7 +76,7 @@ def susceptibilities(
         RunMismatchError: one of the paths holds another run.
         DevinterpError: the run of the whole model failed, or every restriction did.
     """
-    options = Options(estimator, standardize, mean_over, on_diverged)
+    options = Options(estimator, standardize, mean_over, errors, on_diverged)
     if "param_masks" in settings:
         fix = "Restrictions come from weight_restrictions."
         raise InputTypeError(got("param_masks", settings["param_masks"], "absent", fix))
@@ -97,7 +99,7 @@ def susceptibilities(
         warnings.warn(f"{len(failed)} of {len(requests)} restrictions failed and are left out. {listed}", stacklevel=2)
     result = compute_susceptibilities(
         runs, sampling_task, include_sampling_task=include_sampling_task, estimator=estimator, standardize=standardize,
-        mean_over=mean_over, on_diverged=on_diverged,
+        mean_over=mean_over, errors=errors, on_diverged=on_diverged,
     )  # fmt: skip
     result.attrs["failed"] = failed
     return result
@@ -112,6 +114,7 @@ def compute_susceptibilities(
     estimator: str = "two_chain",
     standardize: bool = False,
     mean_over: str | None = None,
+    errors: bool = True,
     on_diverged: str = "raise",
 ) -> xr.DataTree:
     """Susceptibilities of components to tokens, from one run of the whole model and one per component.
@@ -125,6 +128,15 @@ def compute_susceptibilities(
     they carry a factor that depends on the component alone. `standardize=True` removes it. They also contain a term that is a
     product of a number per component and a number per token, which can dominate principal components; one-chain values do not.
 
+    `sus_sem` is the Monte Carlo standard error of each value, from the effective sample size (autocorrelation, chains that
+    differ, chains that share batches: see `compute_llc`), to first order in the errors of the means inside:
+
+        one_chain:  that of the mean of (g_t - E_C[g]) (d_t - E_C[d]),  d = L - l
+        two_chain:  sqrt(a^2 + (E_C[g] b)^2),  a that of the mean of g_t (d_t - E_full[d]), b that of E_full[d]
+
+    The two runs are taken as independent: their noise is, the batches that they share are not, and what those add to both is
+    not counted. Standardised, the means and deviations taken out count as fixed.
+
     Args:
         wr_map: restriction -> samples (a DataTree, its root dataset, or the path of a store); "full" for the whole model (may
             be absent with estimator="one_chain").
@@ -134,20 +146,23 @@ def compute_susceptibilities(
         estimator: "two_chain" or "one_chain".
         standardize: z-score of each component over all tokens; `sus_mean` and `sus_std` (wr) hold what was taken out.
         mean_over: None keeps single tokens; "sequence" and "dataset" give means over the tokens of each sequence or
-            observable (taken after standardising): the response to a change of that data.
+            observable (taken after standardising): the response to a change of that data. Their errors are those of the mean
+            trace: errors of tokens measured in the same draws do not average out.
+        errors: compute `sus_sem`, which takes most of the time.
         on_diverged: "raise", or "drop" to leave out chains that diverged or failed.
 
     Returns:
-        DataTree with `/susceptibilities`: `sus` (sus_flat, wr) with coordinates `wr` (without "full"), `dataset_id`, `batch`,
-        `target_position` (from 1; those that remain with `mean_over`), in nats squared unless standardised; and `/context`:
-        `input_ids` (ctx_flat) with `dataset_id`, `batch`, `position`. `attrs["dataset_id_to_name"]` has the observables.
+        DataTree with `/susceptibilities`: `sus` and `sus_sem` (sus_flat, wr) with coordinates `wr` (without "full"),
+        `dataset_id`, `batch`, `target_position` (from 1; those that remain with `mean_over`), in nats squared unless
+        standardised; and `/context`: `input_ids` (ctx_flat) with `dataset_id`, `batch`, `position`.
+        `attrs["dataset_id_to_name"]` has the observables.
 
     Raises:
         DevinterpInputError: an argument cannot be used, or the runs differ in more than their masks.
         ChainsUnusable: chains that diverged or failed (unless dropped) or are not finished.
         StoreError: the samples lack what is needed.
     """
-    options = Options(estimator, standardize, mean_over, on_diverged)
+    options = Options(estimator, standardize, mean_over, errors, on_diverged)
     switch("include_sampling_task", include_sampling_task)
     suite = Suite.of(
         wr_map, sampling_task, observable_names, include_sampling_task, on_diverged, needs_full=estimator == "two_chain"
@@ -158,7 +173,9 @@ def compute_susceptibilities(
     else:
         full = moments_of(suite, FULL)
         found = [{name: m.two_chain(full[name]) for name, m in moments_of(suite, wr).items()} for wr in restricted]
-    result = table(suite, found, options.standardize, options.mean_over)
+    of_full = errors_of_full(suite, mean_over) if errors and estimator == "two_chain" else None
+    found_errors = [errors_of(suite, wr, mean_over, of_full) for wr in restricted] if errors else []
+    result = table(suite, found, found_errors, options.standardize, options.mean_over)
     result.attrs = {"estimator": estimator, "sampling_task": suite.task, "standardize": standardize, **suite.told()}
     return result
 
@@ -170,12 +187,14 @@ class Options:
     estimator: str
     standardize: bool
     mean_over: str | None
+    errors: bool
     on_diverged: str
 
     def __post_init__(self) -> None:
         choice("two_chain", "one_chain")("estimator", self.estimator)
         choice("raise", "drop")("on_diverged", self.on_diverged)
         switch("standardize", self.standardize)
+        switch("errors", self.errors)
         if self.mean_over is not None:
             choice("sequence", "dataset")("mean_over", self.mean_over)
 
