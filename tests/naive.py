@@ -76,3 +76,39 @@ def susceptibility_error(restricted: xr.Dataset, full: xr.Dataset, task: str, lo
     if estimator == "one_chain":
         return standard_error((g - g.mean()) * (d - d.mean()))
     return (standard_error(g * (d - full_d.mean())) ** 2 + (g.mean() * standard_error(full_d)) ** 2) ** 0.5
+
+
+def autocorrelations(x: np.ndarray) -> tuple[list[float], list[float]]:
+    """Of a centred trace (chain, draw): within chains, and between different chains, by lag; (1 - k/draws) of the true ones."""
+    chains, draws = x.shape
+    within, between = [], []
+    for k in range(draws):
+        products = np.array(
+            [[sum(x[a, t] * x[b, t + k] for t in range(draws - k)) / draws for a in range(chains)] for b in range(chains)]
+        )
+        within.append(np.diag(products).mean())
+        between.append((products.sum() - np.trace(products)) / max(1, chains * (chains - 1)))
+    return [value / within[0] for value in within], [value / within[0] for value in between]
+
+
+def initial_positive(rho: list[float]) -> list[float]:
+    end = next((k for k in range(0, len(rho) - 1, 2) if rho[k] + rho[k + 1] <= 0), len(rho) // 2 * 2)
+    return [value if k < end else 0.0 for k, value in enumerate(rho)]
+
+
+def influence_error(a: np.ndarray, b: np.ndarray, correlated: bool, by_chain: bool = False) -> float:
+    """Of the correlation (or covariance) of two traces (chain, draw), with the sum over all pairs of lags written out."""
+    a, b = (x.astype(np.float64) - x.mean(axis=1 if by_chain else None, keepdims=True, dtype=np.float64) for x in (a, b))
+    chains, draws = a.shape
+    parts = zip(autocorrelations(a), autocorrelations(b), strict=True)
+    total = 0.0
+    for times, pair in zip((1, chains - 1), parts, strict=True):
+        one, other = map(initial_positive, pair)
+        total += times * sum((1 if k == 0 else 2) * one[k] * other[k] / (1 - k / draws) for k in range(draws))
+    groups = chains if by_chain else 1
+    if correlated:
+        a, b = a / np.square(a).mean() ** 0.5, b / np.square(b).mean() ** 0.5
+        y = a * b - (a * b).mean() * (a**2 + b**2) / 2
+        return float((np.square(y).mean() * max(1, total) / a.size) ** 0.5)
+    scale = a.size / (a.size - groups)
+    return float(scale * ((a * b).var() * max(1, total) / a.size) ** 0.5)

@@ -50,25 +50,26 @@ class Strongest:
 
     k: int
     values: Floats
+    """shape (layers, entries): the matrix's own, and what belongs to them"""
     rows: npt.NDArray[np.int64]
     columns: npt.NDArray[np.int64]
 
     @classmethod
-    def none(cls, k: int) -> "Strongest":
-        return cls(k, np.empty(0, np.float32), np.empty(0, np.int64), np.empty(0, np.int64))
+    def none(cls, k: int, layers: int = 1) -> "Strongest":
+        return cls(k, np.empty((layers, 0), np.float32), np.empty(0, np.int64), np.empty(0, np.int64))
 
     def add(self, block: Floats, rows: npt.NDArray[np.int64], columns: npt.NDArray[np.int64]) -> None:
-        """A block with the numbers of its rows and columns; entries that are NaN do not count."""
-        sizes = np.abs(block).ravel()
+        """A block (layers, rows, columns) with the numbers of its rows and columns; entries that are NaN do not count."""
+        sizes = np.abs(block[0]).ravel()
         sizes[np.isnan(sizes)] = -1.0
         chosen = np.argpartition(sizes, -self.k)[-self.k :] if sizes.size > self.k else np.arange(sizes.size)
         chosen = chosen[sizes[chosen] >= 0]
-        row, column = np.unravel_index(chosen, block.shape)
-        values = np.concatenate([self.values, block.ravel()[chosen]])
+        row, column = np.unravel_index(chosen, block.shape[1:])
+        values = np.concatenate([self.values, block.reshape(len(block), -1)[:, chosen]], axis=1)
         all_rows, all_columns = np.concatenate([self.rows, rows[row]]), np.concatenate([self.columns, columns[column]])
         # equal sizes in the order of the matrix, so that the result does not depend on the blocks
-        order = np.lexsort((all_columns, all_rows, -np.abs(values)))[: self.k]
-        self.values, self.rows, self.columns = values[order], all_rows[order], all_columns[order]
+        order = np.lexsort((all_columns, all_rows, -np.abs(values[0])))[: self.k]
+        self.values, self.rows, self.columns = values[:, order], all_rows[order], all_columns[order]
 
 
 def spans(length: int, size: int) -> Iterator[slice]:

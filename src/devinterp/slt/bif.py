@@ -13,7 +13,7 @@ from torch import nn
 from devinterp.engine.progress import Progress
 from devinterp.errors import InputValueError, got
 from devinterp.slt.bif_blocks import Options, Sides
-from devinterp.slt.bif_results import check_memory, matrix_coords, of_queries, strongest, whole, write_whole
+from devinterp.slt.bif_results import check_memory, of_queries, strongest, whole, write_whole
 from devinterp.slt.requests import request_of
 from devinterp.slt.running import run
 from devinterp.store.matrices import MatrixWriter
@@ -66,7 +66,7 @@ def sample_for(
     ahead = unsampled(request.inputs.settings, request.inputs.batches.tokens.length, request.inputs.observables)
     sides = Sides(_traces(ahead, options), options)
     if options.output_path is None and options.queries is None and options.top_k is None:
-        check_memory(matrix_coords(sides))
+        check_memory(sides)
     with Progress(request.inputs.num_rows, "sampling", progress) as bar:
         return run(request, bar)
 
@@ -89,6 +89,7 @@ def compute_bif(
     top_k: int | None = None,
     output_path: str | os.PathLike[str] | None = None,
     on_diverged: str = "raise",
+    errors: bool = False,
     progress: bool = True,
 ) -> xr.Dataset:
     """Influences between the observables' sequences or tokens, from what `sample()` returned or stored.
@@ -98,6 +99,15 @@ def compute_bif(
     over the draws of all chains. As in devinterp 2.0 the default is **plus** the Pearson correlation; `compute_covariance`
     and `sign="bif"` give the formula above. Observables are put one after another, in sorted order of their names or in the
     order of `loss_keys`: `attrs["observables"]` has each one's first sequence.
+
+    `influences_sem` counts the effective number of draws of each pair (Bartlett): with y_t the trace of which the influence is
+    the mean to first order, by its own fourth moments,
+
+        error^2 = Var[y] (1 + 2 sum_k rho_i(k) rho_j(k)) / draws,   for Gaussian losses Var[y] = (1 - r^2)^2 of a correlation r
+
+    each autocorrelation rho cut where Geyer's initial positive sequence ends, and correlations between chains that share
+    batches counted. Of an averaged correlation it takes the standard deviations as known, which overstates the error of
+    large ones. Below about 50 effective draws intervals are too narrow.
 
     Args:
         samples: a DataTree (or its root dataset, or the path of a store).
@@ -119,14 +129,16 @@ def compute_bif(
             once; with `queries`, for every query.
         output_path: write the result to this new Zarr store block by block, for results larger than memory.
         on_diverged: "raise", or "drop" to leave out chains that diverged or failed.
+        errors: also `influences_sem`, the Monte Carlo standard error of every influence; the result is twice as large.
         progress: show a bar.
 
     Returns:
         Dataset with `influences` (batch_1, batch_2, target_position, target_position_T) for tokens, (batch_1, batch_2) for
         sequences or averages; (query, batch_1[, target_position]) with `queries`; (pair) or (query, rank) with `top_k`, then
-        with the sequences, positions and tokens of each. `target_position` counts from 1: the loss there is that of
-        predicting `input_ids` at that position. `input_ids` (batch, position). Correlations of constant traces
-        are NaN (covariances 0); such traces are counted in `attrs["constant_traces"]`.
+        with the sequences, positions and tokens of each; with `errors`, `influences_sem` of the same dims.
+        `target_position` counts from 1: the loss there is that of predicting `input_ids` at that position. `input_ids`
+        (batch, position). Correlations of constant traces are NaN (covariances 0, their errors NaN); such traces are
+        counted in `attrs["constant_traces"]`.
 
     Raises:
         DevinterpInputError: an option cannot be used.
@@ -136,6 +148,7 @@ def compute_bif(
     options = Options(
         correlation_method, reduce_chain_dimension_method, loss_keys, batch_index_range_1, batch_index_range_2,
         average_tokenwise_bif, compute_covariance, batch_size, device, center, sign, queries, top_k, output_path, on_diverged,
+        errors,
     )  # fmt: skip
     ds = root_of(samples)
     kept, dropped = usable_chains(ds, on_diverged)

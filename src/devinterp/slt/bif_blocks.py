@@ -10,7 +10,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from devinterp.analysis.influence_errors import errors_of_products, lagged
 from devinterp.analysis.moments import Floats, products, spans, standardised
+from devinterp.analysis.uncertainty import FEWEST_DRAWS
 from devinterp.engine.settings import choice, integer, switch
 from devinterp.errors import InputTypeError, InputValueError, StoreError, got
 from devinterp.store.matrices import check_new_path
@@ -39,6 +41,7 @@ class Options:
     top_k: int | None = None
     output_path: Any = None
     on_diverged: str = "raise"
+    errors: bool = False
 
     def __post_init__(self) -> None:
         choice("token", "sequence")("correlation_method", self.correlation_method)
@@ -48,6 +51,7 @@ class Options:
         choice("raise", "drop")("on_diverged", self.on_diverged)
         switch("average_tokenwise_bif", self.average_tokenwise_bif)
         switch("compute_covariance", self.compute_covariance)
+        switch("errors", self.errors)
         integer(1)("batch_size", self.batch_size)
         if self.top_k is not None:
             integer(1)("top_k", self.top_k)
@@ -70,6 +74,11 @@ class Options:
         """Whether the result has an entry for single tokens."""
         return self.correlation_method == "token" and not self.average_tokenwise_bif
 
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The arrays of the result that have an entry for every pair."""
+        return ("influences", "influences_sem") if self.errors else ("influences",)
+
     def torch_device(self) -> torch.device:
         if self.device is None:
             return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -79,6 +88,17 @@ class Options:
             return chosen
         except (RuntimeError, TypeError, AssertionError) as error:
             raise InputValueError(got("device", self.device, "'cpu' or an available GPU", "Try device=None.")) from error
+
+
+@dataclass(frozen=True)
+class Series:
+    """Standardised traces, shape (series, observations), and what their errors need of them."""
+
+    z: Tensor
+    lags: Tensor | None
+
+    def __getitem__(self, chosen: slice | Tensor) -> "Series":
+        return Series(self.z[chosen], None if self.lags is None else self.lags[chosen])
 
 
 @dataclass
@@ -97,6 +117,9 @@ class Sides:
                 f"the samples have {traces.observations} observations of each loss in {self.groups} group(s): a covariance "
                 "needs more. Sample more draws."
             )
+        if options.errors and traces.ds.sizes["draw"] < FEWEST_DRAWS:
+            fix = f"Sample {FEWEST_DRAWS} or more draws."
+            raise InputValueError(got("errors", True, f"False with {traces.ds.sizes['draw']} draws per chain", fix))
         self.rows = _sequence_numbers("batch_index_range_1", options.batch_index_range_1, traces.num_sequences)
         self.columns = _sequence_numbers("batch_index_range_2", options.batch_index_range_2, traces.num_sequences)
         if options.top_k is not None and options.queries is None:  # each pair once
@@ -105,7 +128,7 @@ class Sides:
         if options.queries is not None:
             self.columns, self.query_positions = _check_queries(options.queries, traces)
         across = self.length**2 if self.query_positions is None else self.length
-        self.block = max(1, min(options.batch_size, int((BLOCK_BYTES / 4 / across) ** 0.5)))
+        self.block = max(1, min(options.batch_size, int((BLOCK_BYTES / 4 / len(options.layers) / across) ** 0.5)))
 
     @property
     def length(self) -> int:
@@ -117,43 +140,50 @@ class Sides:
         return sum(int(flags.sum()) for flags in self.constant.values())
 
     def blocks(self) -> Iterator[tuple[slice, slice, Floats]]:
-        """Pieces of the matrix: which rows and columns (as sequences or queries), and their traces' products."""
+        """Pieces of the matrix: which rows and columns (as sequences or queries), and all layers of their traces' products."""
         for rows in spans(len(self.rows), self.block):
             left = self._row(rows)
             for columns in spans(len(self.columns), self.block):
-                product = products(left, self._column(columns), self.options.compute_covariance)
-                if self.options.sign == "bif":
-                    product.neg_()
-                yield rows, columns, product.float().cpu().numpy()
+                layers = [layer.float().cpu().numpy() for layer in self._layers(left, self._column(columns))]
+                yield rows, columns, np.stack(layers) if len(layers) > 1 else layers[0][None]
+
+    def _layers(self, rows: Series, columns: Series) -> Iterator[Tensor]:
+        """As `Options.layers` names them."""
+        product = products(rows.z, columns.z, self.options.compute_covariance)
+        yield -product if self.options.sign == "bif" else product
+        if rows.lags is not None and columns.lags is not None:
+            fixed_scale = self.options.compute_covariance or self.options.average_tokenwise_bif
+            yield errors_of_products(rows.z, columns.z, rows.lags, columns.lags, product, not fixed_scale)
 
     @property
     def num_blocks(self) -> int:
         return -(-len(self.rows) // self.block) * -(-len(self.columns) // self.block)
 
-    def _row(self, rows: slice) -> Tensor:
+    def _row(self, rows: slice) -> Series:
         same = self.query_positions is None and np.array_equal(self.rows, self.columns)
         return self._column(rows) if same and self._kept_columns is not None else self._load(self.rows[rows])
 
-    def _column(self, columns: slice) -> Tensor:
+    def _column(self, columns: slice) -> Series:
         if self._kept_columns is not None:
             step = 1 if self.query_positions is not None else self.length
             return self._kept_columns[columns.start * step : columns.stop * step]
         return self._queried(self._load(self.columns[columns]), columns)
 
     @cached_property
-    def _kept_columns(self) -> Tensor | None:
-        if len(self.columns) * self.traces.length * self.traces.observations * 4 > BLOCK_BYTES:
+    def _kept_columns(self) -> Series | None:
+        size = len(self.options.layers) * self.traces.length * self.traces.observations * 4
+        if len(self.columns) * size > BLOCK_BYTES:
             return None
         return self._queried(self._load(self.columns), slice(None))
 
-    def _queried(self, loaded: Tensor, columns: slice) -> Tensor:
+    def _queried(self, loaded: Series, columns: slice) -> Series:
         """Of whole sequences, the traces that were asked for."""
         if self.query_positions is None:
             return loaded
-        positions = torch.as_tensor(self.query_positions[columns], device=loaded.device)
-        return loaded.view(len(positions), self.traces.length, -1)[torch.arange(len(positions)), positions]
+        positions = self.query_positions[columns]
+        return loaded[torch.as_tensor(np.arange(len(positions)) * self.traces.length + positions, device=loaded.z.device)]
 
-    def _load(self, sequences: Numbers) -> Tensor:
+    def _load(self, sequences: Numbers) -> Series:
         read = torch.as_tensor(self.traces.read(sequences), device=self.options.torch_device())
         if not torch.isfinite(read).all():
             raise StoreError("the samples hold losses of observables that are not finite. Look at them; drop those chains.")
@@ -162,7 +192,7 @@ class Sides:
         self.constant.update(zip(sequences.tolist(), flags, strict=True))
         if self.options.average_tokenwise_bif:  # the mean of products over both tokens is the product of the means
             z = z.view(len(sequences), self.traces.length, -1).mean(1, dtype=torch.float64).to(z.dtype)
-        return z
+        return Series(z, lagged(z, self.traces.groups) if self.options.errors else None)
 
 
 def _is_all(value: Any) -> bool:

@@ -1,7 +1,7 @@
 """Results larger than memory, written block by block; they appear at their path only when they are whole."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -26,7 +26,7 @@ def check_new_path(output_path: Any) -> Path:
 
 
 class MatrixWriter:
-    """One matrix with its coordinates. Until `finish` it lies beside its path, and is removed when anything goes wrong."""
+    """Matrices of one shape with their coordinates. Until `finish` they lie beside their path, removed if anything fails."""
 
     def __init__(self, output_path: str | os.PathLike[str]):
         self.path = check_new_path(output_path)
@@ -37,18 +37,19 @@ class MatrixWriter:
         self._root = zarr.create_group(self._made, zarr_format=3)
         return self
 
-    def create(self, name: str, coords: Mapping[str, np.ndarray[Any, Any]], chunks: tuple[int, ...]) -> None:
-        """The array `name` with these coordinates, which are its dims."""
+    def create(self, names: Sequence[str], coords: Mapping[str, np.ndarray[Any, Any]], chunks: tuple[int, ...]) -> None:
+        """The arrays of these names with these coordinates, which are their dims."""
         sizes = {dim: len(values) for dim, values in coords.items()}
-        described = Variable(tuple(coords), "float32", name, chunks=chunks)
-        check_space(self.path, {name: described}, sizes)
-        create_array(self._root, name, described, sizes)
-        self._array: Any = self._root[name]
+        described = {name: Variable(tuple(coords), "float32", name, chunks=chunks) for name in names}
+        check_space(self.path, described, sizes)
+        for name, variable in described.items():
+            create_array(self._root, name, variable, sizes)
+        self._arrays: dict[str, Any] = {name: self._root[name] for name in names}
         for dim, values in coords.items():
             self._add(dim, (dim,), values)
 
-    def write(self, rows: slice, columns: slice, block: np.ndarray[Any, Any]) -> None:
-        self._array[rows, columns] = block
+    def write(self, name: str, rows: slice, columns: slice, block: np.ndarray[Any, Any]) -> None:
+        self._arrays[name][rows, columns] = block
 
     def finish(self, attributes: Mapping[str, Any], arrays: Mapping[str, xr.DataArray]) -> None:
         """The last writes, then the rename."""
