@@ -14,7 +14,7 @@ from devinterp.cli.printing import print_settings
 from devinterp.engine.discovery.restrict import GRAMMAR
 from devinterp.engine.tokens import stored_name
 from devinterp.errors import DevinterpError, DevinterpInputError, InputValueError, StoreError
-from devinterp.slt.susceptibilities import path_of_run
+from devinterp.slt.requests import path_of_run
 from devinterp.store import matrices, writer
 from devinterp.store.matrices import check_new_path
 from devinterp.store.reader import open_store

@@ -146,10 +146,11 @@ def susceptibilities_command(
     save: SaveOption = None,
 ) -> None:
     """Sample once per component and print how each responds to the observables. Go on with the same command."""
-    from devinterp.slt.susceptibilities import Options, path_of_run, susceptibilities
+    from devinterp.slt.requests import path_of_run
+    from devinterp.slt.susceptibilities import check_options, susceptibilities
     from devinterp.store.matrices import check_new_path
 
-    Options(estimator, not raw, None, True, "raise")
+    check_options(estimator, not raw, None, True, "raise")
     if save is not None:
         check_new_path(save)
     _need_observables(job, "--observable code=code.txt")

@@ -14,9 +14,10 @@ from devinterp.engine.progress import Progress
 from devinterp.errors import InputValueError, got
 from devinterp.slt.bif_blocks import Options, Sides
 from devinterp.slt.bif_results import check_memory, of_queries, strongest, whole, write_whole
-from devinterp.slt.requests import request_of
+from devinterp.slt.control import CONTROL, check_control, control_of, run_with_control
+from devinterp.slt.requests import Request, check_stored, path_of_run, request_of
 from devinterp.slt.running import run
-from devinterp.store.matrices import MatrixWriter
+from devinterp.store.matrices import MatrixWriter, check_new_path
 from devinterp.store.reader import metadata_of
 from devinterp.store.runs import unsampled
 from devinterp.store.samples import Samples, of_chains, root_of, usable_chains
@@ -33,6 +34,7 @@ def bif(
     bif_batch_size: int = 32,
     bif_device: str | torch.device | None = None,
     bif_output_path: str | os.PathLike[str] | None = None,
+    control: bool = False,
     **settings: Any,
 ) -> xr.Dataset:
     """Sample around a checkpoint and compute influences in one call: `compute_bif(sample(...))`.
@@ -40,35 +42,85 @@ def bif(
     Args:
         model, dataset, observables, lr, n_beta: as in `sample`; influences are those between the observables' sequences.
         bif_batch_size, bif_device, bif_output_path: `batch_size`, `device` and `output_path` of `compute_bif`.
+        control: sample once more with n_beta=0, at the same step size: only the localization acts. Influences that the control
+            has too come from weights and embeddings, not from the loss. Its run is stored at `<stem>_control<suffix>`.
         **settings: settings of `sample` and options of `compute_bif`.
 
     Returns:
-        As `compute_bif`.
+        As `compute_bif`; with `control`, also `influences_control` (and `influences_control_sem`).
+
+    Raises:
+        DevinterpInputError: an argument cannot be used; before any chain starts and before any file is made.
+        ChainFailed: a chain, or one of the control, ended in an error; what ended well is stored.
     """
     own = set(inspect.signature(compute_bif).parameters) - {"samples", "batch_size", "device", "output_path", "progress"}
     options = {name: settings.pop(name) for name in own & set(settings)}
     options |= {"batch_size": bif_batch_size, "device": bif_device, "output_path": bif_output_path}
-    samples = sample_for(Options(**options), model, dataset, observables, lr=lr, n_beta=n_beta, **settings)
-    return compute_bif(samples, progress=settings.get("progress", True), **options)
+    progress = settings.pop("progress", True)
+    request = _request_for(Options(**options), model, dataset, observables, lr=lr, n_beta=n_beta, **settings)
+    if not check_control(control, request.inputs.settings):
+        return compute_bif(_sampled(request, progress), progress=progress, **options)
+    without_loss, beside = _control_for(request, Options(**options))
+    with Progress(2 * request.inputs.num_rows, "sampling", progress) as bar:
+        samples, of_prior = run_with_control(request, without_loss, bar)
+    result = compute_bif(samples, progress=progress, **options)
+    return _joined(result, compute_bif(of_prior, progress=progress, **(options | {"output_path": beside})))
 
 
 def sample_for(
     options: Options, model: nn.Module, dataset: Any, observables: Any, *, progress: bool = True, **arguments: Any
 ) -> xr.DataTree:
     """`sample()`, after a check that its samples will be such that these options can be used on them."""
+    return _sampled(_request_for(options, model, dataset, observables, **arguments), progress)
+
+
+def _sampled(request: Request, progress: bool) -> xr.DataTree:
+    with Progress(request.inputs.num_rows, "sampling", progress) as bar:
+        return run(request, bar)
+
+
+def _request_for(options: Options, model: nn.Module, dataset: Any, observables: Any, **arguments: Any) -> Request:
     if isinstance(observables, Mapping) and not observables:
         raise InputValueError(got("observables", observables, "at least one", "Try {'code': dataset}."))
     request = request_of(model, dataset, observables, **arguments)
-    taken = options.output_path and Path(options.output_path).expanduser().absolute()
-    if request.path is not None and request.path.absolute() == taken:
+    if request.path is not None and request.path.absolute() == _absolute(options.output_path):
         fix = "The samples and the influences are two stores."
         raise InputValueError(got("output_path", str(request.path), "another path than that of the influences", fix))
     ahead = unsampled(request.inputs.settings, request.inputs.batches.tokens.length, request.inputs.observables)
     sides = Sides(_traces(ahead, options), options)
     if options.output_path is None and options.queries is None and options.top_k is None:
         check_memory(sides)
-    with Progress(request.inputs.num_rows, "sampling", progress) as bar:
-        return run(request, bar)
+    return request
+
+
+def _control_for(request: Request, options: Options) -> tuple[Request, Any]:
+    """The control's run, and where its influences are written."""
+    if options.top_k is not None:
+        fix = "The strongest pairs of the control are others. Leave top_k out, or ask for queries."
+        raise InputValueError(got("control", True, "False with top_k", fix))
+    beside = path_of_run(options.output_path, CONTROL)
+    control = Request.of(control_of(request.inputs), request.masks, path_of_run(request.path, CONTROL))
+    paths = [_absolute(path) for path in (request.path, control.path, options.output_path, beside) if path is not None]
+    if len(set(paths)) < len(paths):
+        fix = (
+            f"The runs, the influences and both of their controls are stores of their own, those with '_{CONTROL}' at the end."
+        )
+        raise InputValueError(got("output_path", str(request.path), "such that all of them differ", fix))
+    if beside is not None:
+        check_new_path(beside)
+    check_stored(request, [control])
+    return control, beside
+
+
+def _joined(result: xr.Dataset, control: xr.Dataset) -> xr.Dataset:
+    named = {name: name.replace("influences", f"influences_{CONTROL}") for name in ("influences", "influences_sem")}
+    arrays = {new: control[old] for old, new in named.items() if old in control}
+    told = {f"{name}_{CONTROL}": control.attrs[name] for name in ("constant_traces", "dropped_chains")}
+    return result.assign(arrays).assign_attrs(told)
+
+
+def _absolute(path: Any) -> Path | None:
+    return None if path is None else Path(path).expanduser().absolute()
 
 
 def compute_bif(

@@ -3,9 +3,9 @@
 import os
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from devinterp.engine.placement import num_cores
 from devinterp.engine.selection import check_masks
 from devinterp.engine.settings import Paths, Settings, choice, settings_and_paths
 from devinterp.engine.tokens import Observable, Tokens, check_observables, check_tokens, warn_about_padding
-from devinterp.errors import InputTypeError, got
+from devinterp.errors import InputTypeError, InputValueError, got
 from devinterp.store.durable import told_of_the_disk
 from devinterp.store.folder import FINAL_STATE_BYTES
 from devinterp.store.identity import Source, identity
@@ -167,6 +167,35 @@ def request_of(
         on_diverged=on_diverged, paths=paths,
     )  # fmt: skip
     return Request.of(inputs, param_masks, output_path)
+
+
+def path_of_run(output_path: Any, name: str) -> Any:
+    """`<stem>_<name><suffix>`; what is no path is left for the run's own check to refuse."""
+    if not isinstance(output_path, str | os.PathLike):
+        return output_path
+    stem, suffix = os.path.splitext(os.fspath(output_path))
+    return f"{stem}_{name}{suffix}"
+
+
+def at_step_size(request: Request, lr: float) -> Request:
+    """The request with the step size that another run has chosen, where it does not give its own."""
+    inputs = request.inputs
+    if inputs.settings.lr != "auto":
+        return request
+    return replace(request, inputs=replace(inputs, settings=replace(inputs.settings, lr=lr)))
+
+
+def check_stored(first: Request, others: Sequence[Request]) -> None:
+    """Refuse other runs at the paths of runs that take the step size of the first, before any chain starts."""
+    known = first.stored()
+    lr = None if known is None else known.metadata["step_size"]["lr"]
+    for request in others:
+        if request.path is None or not request.path.exists():
+            continue
+        if lr is None and request.inputs.settings.lr == "auto":
+            fix = f"The run that chooses its step size is missing: {first.path}."
+            raise InputValueError(got("output_path", str(request.path), "new, or stored with that run", fix))
+        (request if lr is None else at_step_size(request, lr)).stored()
 
 
 def _check_memory(inputs: Inputs, masks: Mapping[str, Tensor | None]) -> None:

@@ -1,10 +1,9 @@
 """Susceptibilities: how a component of a network responds to each token."""
 
-import logging
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +14,8 @@ from devinterp.engine.progress import Progress
 from devinterp.engine.settings import choice, settings_and_paths, switch
 from devinterp.engine.tokens import stored_name
 from devinterp.errors import ChainsUnusable, DevinterpInputError, InputTypeError, InputValueError, got
-from devinterp.slt.requests import Inputs, Request
+from devinterp.slt.control import CONTROL, check_control, control_of
+from devinterp.slt.requests import Inputs, Request, at_step_size, check_stored, path_of_run
 from devinterp.slt.running import run_suite, run_to_store
 from devinterp.slt.suite_errors import errors_of, errors_of_full
 from devinterp.slt.suites import FULL, Suite, moments_of, table
@@ -24,8 +24,6 @@ from devinterp.store.reader import metadata_of, open_store
 from devinterp.store.runs import layout
 from devinterp.store.samples import Samples, root_of, usable_chains
 from devinterp.store.writer import check_space
-
-logger = logging.getLogger("devinterp")
 
 
 def susceptibilities(
@@ -44,6 +42,7 @@ def susceptibilities(
     standardize: bool = False,
     mean_over: str | None = None,
     errors: bool = True,
+    control: bool = False,
     on_diverged: str = "raise",
     output_path: str | os.PathLike[str] | None = None,
     device: str | torch.device | None = None,
@@ -63,26 +62,30 @@ def susceptibilities(
         sampling_task: the observable whose mean loss is L: more sequences of the sampling data.
         include_sampling_task: also the susceptibilities to the tokens of the sampling task itself.
         estimator, standardize, mean_over, errors: as in `compute_susceptibilities`.
+        control: sample everything once more with n_beta=0, at the same step size: only the localization acts. Structure that
+            is in the control too comes from weights and embeddings, not from the loss. Stored at `<stem>_control_R<suffix>`.
         on_diverged: "raise" counts a restriction with a diverged chain as failed; "drop" goes on without the chain.
         output_path: the run of restriction R is stored at `<stem>_R<suffix>`; None = temporary.
         progress: one bar over all runs.
         **settings: settings of `sample`.
 
     Returns:
-        As `compute_susceptibilities`, with `attrs["failed"]`: restriction -> reason.
+        As `compute_susceptibilities`, with `attrs["failed"]`: restriction -> reason; and with `control`, `/control`, of the
+        form of `/susceptibilities`.
 
     Raises:
         DevinterpInputError: an argument cannot be used; before any chain starts and before any file is made.
         RunMismatchError: one of the paths holds another run.
         DevinterpError: the run of the whole model failed, or every restriction did.
     """
-    options = Options(estimator, standardize, mean_over, errors, on_diverged)
+    check_options(estimator, standardize, mean_over, errors, on_diverged)
     if "param_masks" in settings:
         fix = "Restrictions come from weight_restrictions."
         raise InputTypeError(got("param_masks", settings["param_masks"], "absent", fix))
-    names = _check_names(weight_restrictions)
+    names = _check_names(weight_restrictions, control)
     _check_task(observables, sampling_task, switch("include_sampling_task", include_sampling_task))
     chosen, paths = settings_and_paths(lr=lr, n_beta=n_beta, **settings)
+    check_control(control, chosen)
     if chosen.num_chains * chosen.num_draws < 2:
         raise InputValueError(got("num_draws", chosen.num_draws, "at least 2 with one chain", "A covariance needs more."))
     inputs = Inputs.of(model, dataset, observables, chosen, device=device, loss_fn=loss_fn, loss_fn_id=loss_fn_id, paths=paths)
@@ -90,17 +93,27 @@ def susceptibilities(
         name: Request.of(inputs, _masks(model, name, weight_restrictions[name]), path_of_run(output_path, name))
         for name in names
     }
-    check_space(requests[FULL].path, *layout(chosen, inputs.batches.tokens.length, inputs.observables), count=len(requests))
-    _check_stored(requests)
-    with Progress(len(requests) * inputs.num_rows, FULL, progress) as bar:
-        runs, failed = _run_all(requests, options, bar)
+    without_loss = control_of(inputs) if control else inputs
+    controls = {
+        name: Request.of(without_loss, requests[name].masks, path_of_run(output_path, f"{CONTROL}_{name}"))
+        for name in (names if estimator == "two_chain" else names[1:])
+        if control
+    }
+    count = len(requests) + len(controls)
+    check_space(requests[FULL].path, *layout(chosen, inputs.batches.tokens.length, inputs.observables), count=count)
+    check_stored(requests[FULL], [*list(requests.values())[1:], *controls.values()])
+    with Progress(count * inputs.num_rows, FULL, progress) as bar:
+        runs, of_prior, failed = _run_all(requests, controls, on_diverged, bar)
     if failed:
         listed = "; ".join(f"{name}: {reason}" for name, reason in failed.items())
-        warnings.warn(f"{len(failed)} of {len(requests)} restrictions failed and are left out. {listed}", stacklevel=2)
-    result = compute_susceptibilities(
-        runs, sampling_task, include_sampling_task=include_sampling_task, estimator=estimator, standardize=standardize,
-        mean_over=mean_over, errors=errors, on_diverged=on_diverged,
+        warnings.warn(f"{len(failed)} of {count} restrictions failed and are left out. {listed}", stacklevel=2)
+    compute = partial(
+        compute_susceptibilities, sampling_task=sampling_task, include_sampling_task=include_sampling_task,
+        estimator=estimator, standardize=standardize, mean_over=mean_over, errors=errors, on_diverged=on_diverged,
     )  # fmt: skip
+    result = compute(runs)
+    if set(of_prior) - {FULL} and (FULL in of_prior or estimator == "one_chain"):
+        result[CONTROL] = xr.DataTree(compute(of_prior)["susceptibilities"].to_dataset())
     result.attrs["failed"] = failed
     return result
 
@@ -162,7 +175,7 @@ def compute_susceptibilities(
         ChainsUnusable: chains that diverged or failed (unless dropped) or are not finished.
         StoreError: the samples lack what is needed.
     """
-    options = Options(estimator, standardize, mean_over, errors, on_diverged)
+    check_options(estimator, standardize, mean_over, errors, on_diverged)
     switch("include_sampling_task", include_sampling_task)
     suite = Suite.of(
         wr_map, sampling_task, observable_names, include_sampling_task, on_diverged, needs_full=estimator == "two_chain"
@@ -175,58 +188,56 @@ def compute_susceptibilities(
         found = [{name: m.two_chain(full[name]) for name, m in moments_of(suite, wr).items()} for wr in restricted]
     of_full = errors_of_full(suite, mean_over) if errors and estimator == "two_chain" else None
     found_errors = [errors_of(suite, wr, mean_over, of_full) for wr in restricted] if errors else []
-    result = table(suite, found, found_errors, options.standardize, options.mean_over)
+    result = table(suite, found, found_errors, standardize, mean_over)
     result.attrs = {"estimator": estimator, "sampling_task": suite.task, "standardize": standardize, **suite.told()}
     return result
 
 
-@dataclass(frozen=True)
-class Options:
-    """What both calls take, checked."""
-
-    estimator: str
-    standardize: bool
-    mean_over: str | None
-    errors: bool
-    on_diverged: str
-
-    def __post_init__(self) -> None:
-        choice("two_chain", "one_chain")("estimator", self.estimator)
-        choice("raise", "drop")("on_diverged", self.on_diverged)
-        switch("standardize", self.standardize)
-        switch("errors", self.errors)
-        if self.mean_over is not None:
-            choice("sequence", "dataset")("mean_over", self.mean_over)
+def check_options(estimator: str, standardize: bool, mean_over: str | None, errors: bool, on_diverged: str) -> None:
+    choice("two_chain", "one_chain")("estimator", estimator)
+    choice("raise", "drop")("on_diverged", on_diverged)
+    switch("standardize", standardize)
+    switch("errors", errors)
+    if mean_over is not None:
+        choice("sequence", "dataset")("mean_over", mean_over)
 
 
-def _run_all(requests: Mapping[str, Request], options: Options, bar: Progress) -> tuple[dict[str, Samples], dict[str, str]]:
-    """The run of the whole model, then every restriction's at its step size; what failed, and why."""
+def _run_all(
+    requests: Mapping[str, Request], controls: Mapping[str, Request], on_diverged: str, bar: Progress
+) -> tuple[dict[str, Samples], dict[str, Samples], dict[str, str]]:
+    """The run of the whole model, then every restriction's at its step size, then the controls; what failed, and why."""
     source = run_to_store(requests[FULL], bar)
     full = root_of(open_store(source, ours=True))
-    usable_chains(full, options.on_diverged)
+    usable_chains(full, on_diverged)
     lr = metadata_of(full)["step_size"]["lr"]
     bar.describe(f"{len(requests) - 1} restrictions")
-    made, failed = run_suite({n: _at_step_size(r, lr) for n, r in requests.items() if n != FULL}, source, bar)
-    runs: dict[str, Samples] = {FULL: full}
+    restricted = {name: at_step_size(request, lr) for name, request in requests.items() if name != FULL}
+    runs, failed = _usable(*run_suite(restricted, source, bar), on_diverged)
+    if not runs:
+        raise ChainsUnusable("every restriction failed. " + "; ".join(f"{n}: {reason}" for n, reason in failed.items()))
+    if controls:
+        bar.describe(f"{len(controls)} controls")
+    named = {name: at_step_size(request, lr) for name, request in controls.items()}
+    of_prior, failed_controls = _usable(*run_suite(named, source, bar), on_diverged)
+    failed |= {f"{CONTROL}_{name}": reason for name, reason in failed_controls.items()}
+    return {FULL: full} | runs, of_prior, failed
+
+
+def _usable(
+    made: Mapping[str, xr.DataTree], failed: dict[str, str], on_diverged: str
+) -> tuple[dict[str, Samples], dict[str, str]]:
+    """Those whose chains can be used; the others are among what failed."""
+    runs: dict[str, Samples] = dict(made)
     for name, samples in made.items():
         try:
-            usable_chains(root_of(samples), options.on_diverged)
-            runs[name] = samples
+            usable_chains(root_of(samples), on_diverged)
         except ChainsUnusable as error:
             failed[name] = f"{type(error).__name__}: {error}"
-    if len(runs) == 1:
-        raise ChainsUnusable("every restriction failed. " + "; ".join(f"{n}: {reason}" for n, reason in failed.items()))
+            del runs[name]
     return runs, failed
 
 
-def _at_step_size(request: Request, lr: float) -> Request:
-    inputs = request.inputs
-    if inputs.settings.lr != "auto":
-        return request
-    return replace(request, inputs=replace(inputs, settings=replace(inputs.settings, lr=lr)))
-
-
-def _check_names(given: Any) -> list[str]:
+def _check_names(given: Any, control: bool) -> list[str]:
     """Names of the restrictions, the whole model first."""
     if not isinstance(given, Mapping):
         raise InputTypeError(got("weight_restrictions", given, "a dict: name -> masks", "Try {'full': None, 'l0h0': 'l0h0'}."))
@@ -250,6 +261,9 @@ def _check_names(given: Any) -> list[str]:
         if (folded := name.casefold()) in seen:
             raise InputValueError(f"weight_restrictions: {name!r} and {seen[folded]!r} would share a file. Rename one of them.")
         seen[folded] = name
+    if control and (taken := [name for name in given if name.casefold().startswith(f"{CONTROL}_")]):
+        fix = f"A control takes such names for its own files. Rename {taken}."
+        raise InputValueError(got("weight_restrictions", taken, f"names without {CONTROL + '_'!r} at their beginning", fix))
     return [FULL, *(name for name in given if name != FULL)]
 
 
@@ -274,24 +288,3 @@ def _check_task(observables: Any, task: Any, include_sampling_task: bool) -> Non
     if len(stored) == 1 and not include_sampling_task:
         fix = "Add an observable, or pass include_sampling_task=True."
         raise InputValueError(got("observables", known, "at least one besides the sampling task", fix))
-
-
-def path_of_run(output_path: Any, name: str) -> Any:
-    """`<stem>_<name><suffix>`; what is no path is left for the run's own check to refuse."""
-    if not isinstance(output_path, str | os.PathLike):
-        return output_path
-    stem, suffix = os.path.splitext(os.fspath(output_path))
-    return f"{stem}_{name}{suffix}"
-
-
-def _check_stored(requests: Mapping[str, Request]) -> None:
-    """Refuse other runs at any of the paths before the first chain starts."""
-    full = requests[FULL].stored()
-    lr = None if full is None else full.metadata["step_size"]["lr"]
-    for name, request in requests.items():
-        if name == FULL or request.path is None or not request.path.exists():
-            continue
-        if lr is None and request.inputs.settings.lr == "auto":
-            fix = f"The run of the whole model, which chooses its step size, is missing: {requests[FULL].path}."
-            raise InputValueError(got("output_path", str(request.path), "new, or part of a stored suite", fix))
-        (_at_step_size(request, lr) if lr is not None else request).stored()
