@@ -74,6 +74,24 @@ def quadratic_covariance(A: np.ndarray, a: np.ndarray, B: np.ndarray, b: np.ndar
     return float(a @ S @ b + 0.5 * np.trace(A @ S @ B @ S))
 
 
+def reweighted_excess(A: np.ndarray, b: np.ndarray, weights: np.ndarray, n_beta: float, gamma: float) -> float:
+    """E[L - L(0)] under the posterior of the mean of rho_j l_j, l_j = w'A_j w/2 + b_j'w, with L their plain mean (no slope).
+
+    Its precision is P = n_beta H_rho + gamma and its mean m = -n_beta P^-1 b_rho: tr(H P^-1)/2 + m'Hm/2.
+    """
+    H, H_rho, b_rho = A.mean(0), np.tensordot(weights, A, 1) / len(A), weights @ b / len(A)
+    S = np.linalg.inv(n_beta * H_rho + gamma * np.eye(len(H)))
+    m = -n_beta * S @ b_rho
+    return float(0.5 * np.trace(H @ S) + 0.5 * m @ H @ m)
+
+
+def quadratic_susceptibilities(A: np.ndarray, b: np.ndarray, n_beta: float, gamma: float) -> np.ndarray:
+    """-Cov[L, l_j - L] of the same model, for every j."""
+    H = A.mean(0)
+    S = np.linalg.inv(n_beta * H + gamma * np.eye(len(H)))
+    return np.array([quadratic_covariance(H, 0 * b[0], H - one, -slope, S) for one, slope in zip(A, b, strict=True)])
+
+
 def deep_linear_llc(widths: Sequence[int], rank: int) -> tuple[float, int]:
     """Learning coefficient and multiplicity of a deep linear network (Aoyagi 2024, Neural Networks 172:106132)."""
     surplus = sorted(width - rank for width in widths)

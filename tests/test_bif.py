@@ -231,6 +231,8 @@ except MemoryError:
     print("does not fit")
 result = devinterp.compute_bif(large, output_path=sys.argv[1] + "/large", progress=False)
 print(result.influences.nbytes, float(result.influences[7, 7, 3, 3]))
+result = devinterp.compute_bif(run_of(60, 99), output_path=sys.argv[1] + "/errors", errors=True, progress=False)
+print(float(result.influences_sem[7, 8, 3, 3]))
 """
 
 
@@ -244,6 +246,7 @@ def test_memory_stays_under_an_imposed_limit(tmp_path):
     size, diagonal = lines[1].split()
     assert int(size) == 110**2 * 99**2 * 4
     assert float(diagonal) == pytest.approx(1.0, abs=1e-5)
+    assert 0.08 < float(lines[2]) < 0.3, "about 1/sqrt(40) of noise"
 
 
 def test_bif_in_one_call_is_compute_of_sample(samples):

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from devinterp.slt.calibration import calibrate
     from devinterp.slt.diagnosis import describe, diagnose
     from devinterp.slt.llc import compute_llc, llc
+    from devinterp.slt.patterning import compute_patterning
     from devinterp.slt.sampling import sample
     from devinterp.slt.susceptibilities import compute_susceptibilities, susceptibilities
     from devinterp.slt.weight_restrictions import create_param_masks, preview_weight_restriction
@@ -25,6 +26,7 @@ _HOMES = {
     "compute_bif": "devinterp.slt.bif",
     "susceptibilities": "devinterp.slt.susceptibilities",
     "compute_susceptibilities": "devinterp.slt.susceptibilities",
+    "compute_patterning": "devinterp.slt.patterning",
     "create_param_masks": "devinterp.slt.weight_restrictions",
     "preview_weight_restriction": "devinterp.slt.weight_restrictions",
     "calibrate": "devinterp.slt.calibration",
@@ -40,6 +42,7 @@ __all__ = [
     "calibrate",
     "compute_bif",
     "compute_llc",
+    "compute_patterning",
     "compute_susceptibilities",
     "create_param_masks",
     "default_nbeta",

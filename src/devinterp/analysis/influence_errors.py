@@ -56,15 +56,15 @@ def errors_of_products(
         influences: shape (rows, columns).
         correlation: whether the variances that the traces were divided by were estimated too.
     """
-    square = rows.square() @ columns.square().T
-    if correlation:
-        cubes = rows.pow(3) @ columns.T + rows @ columns.pow(3).T
-        fourth = rows.pow(4).sum(1)[:, None] + columns.pow(4).sum(1)
-        variance = square - influences * cubes + influences.square() * (fourth + 2 * square) / 4
+    variance = rows.square() @ columns.square().T
+    if correlation:  # in place: a block is large
+        cubes = torch.addmm(rows.pow(3) @ columns.T, rows, columns.pow(3).T)
+        scale = (2 * variance).add_(rows.pow(4).sum(1)[:, None]).add_(columns.pow(4).sum(1))
+        variance += scale.mul_(influences).div_(4).sub_(cubes).mul_(influences)
     else:
-        variance = square - influences.square() / rows.shape[1]
-    inefficiency = (row_lags @ column_lags.T).clamp_min(1)  # never more than the number of draws
-    return (variance.clamp_min(0) * inefficiency).sqrt()
+        variance.addcmul_(influences, influences, value=-1 / rows.shape[1])
+    inefficiency = (row_lags @ column_lags.T).clamp_min_(1)  # never more than the number of draws
+    return variance.clamp_min_(0).mul_(inefficiency).sqrt_()
 
 
 def _autocovariance(x: Tensor) -> Tensor:

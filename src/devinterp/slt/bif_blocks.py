@@ -128,7 +128,7 @@ class Sides:
         if options.queries is not None:
             self.columns, self.query_positions = _check_queries(options.queries, traces)
         across = self.length**2 if self.query_positions is None else self.length
-        self.block = max(1, min(options.batch_size, int((BLOCK_BYTES / 4 / len(options.layers) / across) ** 0.5)))
+        self.block = max(1, min(options.batch_size, int((BLOCK_BYTES / (16 if options.errors else 4) / across) ** 0.5)))
 
     @property
     def length(self) -> int:

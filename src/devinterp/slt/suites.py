@@ -137,7 +137,7 @@ def table(
     shapes = [found[0][o].shape for o in suite.names]
     grid = _grid(shapes, ("batch", "target_position"), start=1)
     if mean_over is not None:
-        values, grid = _averaged(values, grid, by_sequence=mean_over == "sequence")
+        values, grid = averaged(values, grid, by_sequence=mean_over == "sequence")
     sus = xr.Dataset(
         {"sus": (("sus_flat", "wr"), values), **extra}, coords={"wr": np.asarray(suite.restricted, dtype=object)}
     )  # Zarr has no fixed-length strings
@@ -160,6 +160,7 @@ def _columns(suite: Suite, found: Sequence[Mapping[str, Doubles]]) -> Doubles:
 
 
 Grid = dict[str, npt.NDArray[np.int64]]
+"""Coordinates of the rows of a table"""
 
 
 def _grid(shapes: Sequence[tuple[int, ...]], names: tuple[str, str], start: int) -> Grid:
@@ -169,7 +170,7 @@ def _grid(shapes: Sequence[tuple[int, ...]], names: tuple[str, str], start: int)
     return {"dataset_id": dataset_id, names[0]: batch, names[1]: position + start}
 
 
-def _averaged(values: Doubles, grid: Grid, by_sequence: bool) -> tuple[Doubles, Grid]:
+def averaged(values: Doubles, grid: Grid, by_sequence: bool) -> tuple[Doubles, Grid]:
     """Means over the rows of each sequence, or of each observable."""
     keys = ["dataset_id", "batch"] if by_sequence else ["dataset_id"]
     groups, members = np.unique(np.stack([grid[key] for key in keys]), axis=1, return_inverse=True)
