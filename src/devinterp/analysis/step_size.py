@@ -14,6 +14,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+UNBIASED = ("leimkuhler_matthews", "preconditioned_leimkuhler_matthews", "sgnht")
+"""On quadratics, at every stable step"""
+OF_THEIR_OWN = ("rmsprop_sgld", "adam_sgld", "preconditioned_leimkuhler_matthews", "sgnht")
+"""With them a direction does not relax by 1 - lr A/2 a step"""
 STABLE = 4.0
 """lr A from which no chain is stable"""
 LARGEST_REACH = 2.0
@@ -33,11 +37,14 @@ class StepSize:
     """localization + weight_decay"""
     h_max: float = math.nan
     trace: float = math.nan
+    stiffest: float = math.nan
+    """of a sampler with a metric M, in place of both: the largest eigenvalue of M (n_beta H + prior)"""
 
     @property
     def reach(self) -> float:
         """lr A along the stiffest direction."""
-        return self.lr * (self.n_beta * self.h_max + self.prior)
+        precision = self.n_beta * self.h_max + self.prior
+        return self.lr * (precision if math.isnan(self.stiffest) else self.stiffest)
 
     @property
     def stiffest_bias(self) -> float:
@@ -46,7 +53,7 @@ class StepSize:
             return math.inf
         if self.method == "sgmcmc_sgld":
             return 1 / (1 - self.reach / STABLE) - 1
-        return 0.0 * self.reach if self.method == "leimkuhler_matthews" else math.nan
+        return 0.0 * self.reach if self.method in UNBIASED else math.nan
 
     @property
     def too_large(self) -> str:
@@ -55,7 +62,7 @@ class StepSize:
             return f"lr A is {self.reach:.2g} along the stiffest direction, and no chain is stable from {STABLE:g} on"
         if self.stiffest_bias > LARGEST_BIAS:
             return f"it widens the variance along the stiffest direction by {self.stiffest_bias:.0%}"
-        if self.method == "leimkuhler_matthews" and self.reach > LARGEST_REACH:
+        if self.method in UNBIASED and self.reach > LARGEST_REACH:
             return (
                 f"lr A is {self.reach:.2g} along the stiffest direction; above {LARGEST_REACH:g} only quadratics are unbiased"
             )
@@ -66,7 +73,7 @@ class StepSize:
         """What the step size adds to the LLC, to first order in lr."""
         if self.method == "sgmcmc_sgld":
             return self.lr * self.n_beta * self.trace / 8
-        return 0.0 if self.method == "leimkuhler_matthews" else math.nan
+        return 0.0 if self.method in UNBIASED else math.nan
 
     def transient_left(self, steps: npt.NDArray[np.int64]) -> float:
         """Mean over draws after these many steps of what is missing of the squared distance, where no loss acts:
@@ -75,6 +82,6 @@ class StepSize:
 
         An upper bound for every other direction. 1 without a prior, where such directions never settle.
         """
-        if self.method == "rmsprop_sgld":
+        if self.method in OF_THEIR_OWN:
             return math.nan
         return float(np.mean((1 - self.lr * self.prior / 2) ** (2.0 * steps)))

@@ -46,6 +46,8 @@ class Plan:
     observables: tuple[Observable, ...]
     purpose: str = "noise"
     """keeps the noise of the pilot apart from that of the run"""
+    metric: Tensor | None = None
+    """of a sampler that takes one (`metric.py`)"""
 
     @property
     def checkpoint(self) -> Checkpoint:
@@ -54,7 +56,8 @@ class Plan:
     def __reduce__(self) -> tuple[Any, ...]:
         """Travels to another process with the weights once, not with every view of them."""
         indices = {piece.name: piece.index for piece in self.selection.pieces}
-        return _plan_again, (self.settings, self.sampler, self.forward, indices, self.batches, self.observables, self.purpose)
+        others = self.batches, self.observables, self.purpose, self.metric
+        return _plan_again, (self.settings, self.sampler, self.forward, indices, *others)
 
 
 def _plan_again(
@@ -270,6 +273,8 @@ class Walker:
         for i, block in enumerate(self.blocks):
             w, anchor, gradient = self.weights[:, block.where], block.anchor, self.gradient[:, block.where]
             force = self.posterior.force(w, anchor, gradient)
+            if self.plan.metric is not None:
+                force = replace(force, metric=self.plan.metric[block.where])
             move, state = self.plan.sampler.step(force, self.states[i], self._normal(block, self.rngs))
             self.states[i] = kept_in_place(self.states[i], state)
             if sums is not None:

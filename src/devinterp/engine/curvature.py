@@ -2,7 +2,8 @@
 
 `lr="auto"` takes lr A = 1 along the stiffest direction, A = n_beta h_max + localization + weight_decay. There the
 Leimkuhler-Matthews step has no bias on a quadratic, and consecutive draws are least correlated for their cost. h_max is
-measured at the checkpoint and where a short pilot ends, since curvature can grow several-fold along flat directions.
+measured at the checkpoint and where a short pilot ends, since curvature can grow several-fold along flat directions. For a
+sampler with a metric M the same is said of the eigenvalues of M A (those of the symmetric M^(1/2) A M^(1/2)).
 """
 
 import logging
@@ -38,8 +39,6 @@ TOKENS = 2048
 NOISE_BATCHES = 8
 PILOT_CHAINS = 2
 PILOT_ATTEMPTS = 12
-SHARE_OF_STABLE = {"leimkuhler_matthews": 1.0, "sgmcmc_sgld": 0.25}
-"""lr A chosen by `lr="auto"`; SGLD takes a quarter, which leaves a bias of 1/16 along the stiffest direction"""
 
 
 @dataclass(frozen=True)
@@ -55,44 +54,54 @@ class StepSize:
     trace_pilot: float | None = None
     """mean over the pilot's chains"""
     pilot_steps: int | None = None
+    stiffest: float | None = None
+    """with a metric M, in place of all curvatures: the largest eigenvalue of M (n_beta H + prior) that was seen"""
 
 
 @dataclass(frozen=True)
 class Spectrum:
     """What is measured of a Hessian: its largest eigenvalue, and its trace from one random direction."""
 
-    h_max: float
-    trace: float
+    precision: float
+    """the largest eigenvalue of n_beta H + prior, or with a metric M of M times that"""
+    h_max: float = math.nan
+    trace: float = math.nan
 
 
 def choose_step_size(plan: Plan) -> StepSize:
-    """lr = share / (n_beta h_max + localization + weight_decay), h_max the largest at the checkpoint and after a pilot.
+    """lr = share / (n_beta h_max + localization + weight_decay), the largest at the checkpoint and after a pilot.
 
     The pilot runs chains of its own at half the rate that the checkpoint suggests, or slower where that turns out unstable.
     Nothing of it depends on `num_chains` or `num_draws`, so a run can be extended.
     """
-    settings, posterior = plan.settings, Posterior.of(plan.settings)
     batches = curvature_batches(plan)
     at_checkpoint = spectrum(plan, None, batches)
-    precision = posterior.n_beta * at_checkpoint.h_max + posterior.prior_precision
-    if not precision > 0:
-        raise InputValueError(
-            f"lr='auto': the loss has no positive curvature at the checkpoint (h_max={at_checkpoint.h_max:.3g}) and there is "
-            "no prior, so every step is stable and none is right. Give lr, or a localization > 0."
-        )
-    lr, after_pilot, steps = 0.5 / precision, [], 0
+    check_curved("lr='auto'", at_checkpoint.precision)
+    lr, after_pilot, steps = 0.5 / at_checkpoint.precision, [], 0
     for chain in range(PILOT_CHAINS):
         found, lr, steps = pilot(plan, chain, lr, batches)
         after_pilot.append(found)
-    h_max = max(found.h_max for found in after_pilot)
-    precision = posterior.n_beta * max(at_checkpoint.h_max, h_max) + posterior.prior_precision
-    chosen = SHARE_OF_STABLE[settings.sampling_method] / precision
+    largest = max(found.precision for found in after_pilot)
+    precision = max(at_checkpoint.precision, largest)
+    chosen = plan.sampler.traits.auto / precision
     logger.info(
-        "lr='auto': %.3g, from h_max %.3g at the checkpoint and %.3g after a pilot of %d steps",
-        chosen, at_checkpoint.h_max, h_max, steps,
+        "lr='auto': %.3g, from a precision of %.3g along the stiffest direction at the checkpoint and %.3g after a pilot of "
+        "%d steps", chosen, at_checkpoint.precision, largest, steps,
     )  # fmt: skip
+    if plan.metric is not None:
+        return StepSize(chosen, pilot_steps=steps, stiffest=precision)
+    h_max = max(found.h_max for found in after_pilot)
     trace = statistics.fmean(found.trace for found in after_pilot)
     return StepSize(chosen, at_checkpoint.h_max, h_max, at_checkpoint.trace, trace, steps)
+
+
+def check_curved(what: str, precision: float) -> None:
+    """Raises InputValueError where nothing holds the weights, neither the loss nor a prior."""
+    if not precision > 0:
+        raise InputValueError(
+            f"{what}: the loss has no positive curvature at the checkpoint and there is no prior, so every step is stable and "
+            "none is right. Give lr, or a localization > 0."
+        )
 
 
 def pilot(plan: Plan, chain: int, lr: float, batches: list[Ids]) -> tuple[Spectrum, float, int]:
@@ -101,13 +110,12 @@ def pilot(plan: Plan, chain: int, lr: float, batches: list[Ids]) -> tuple[Spectr
     From a flat checkpoint the first lr throws the chain out of the region in which it is stable: then again from the
     checkpoint, four times slower.
     """
-    posterior = Posterior.of(plan.settings)
     for _ in range(PILOT_ATTEMPTS):
         steps = pilot_steps(plan.settings, lr)
         walker = Walker(replace(plan, sampler=plan.settings.sampler(lr), purpose="pilot"), chain)
         if all(_steps(walker, t) for t in range(steps)):
             found = spectrum(plan, walker.weights[0], batches)
-            if lr * (posterior.n_beta * found.h_max + posterior.prior_precision) < 4:
+            if lr * found.precision < 4:
                 return found, lr, steps
         lr /= 4
     raise DevinterpError(
@@ -132,11 +140,12 @@ def _steps(walker: Walker, t: int) -> bool:
 def given_step_size(plan: Plan) -> StepSize:
     """A given lr, and a lower bound of the curvature on the first batch of the chains."""
     lr = float(plan.settings.lr)
-    if plan.settings.sampling_method == "rmsprop_sgld" or not plan.settings.n_beta:
+    if not plan.sampler.traits.auto or not plan.settings.n_beta:
         return StepSize(lr)
-    posterior = Posterior.of(plan.settings)
+    if plan.metric is not None:
+        return StepSize(lr, stiffest=1.0)  # as the metric is scaled
     found = spectrum(plan, None, [plan.batches.micro(0, 0)], iterations=4)
-    reach = lr * (posterior.n_beta * found.h_max + posterior.prior_precision)
+    reach = lr * found.precision
     if reach >= 4:
         warnings.warn(
             f"lr={lr:g}: lr (n_beta h_max + localization + weight_decay) is {reach:.3g} at the checkpoint "
@@ -178,19 +187,21 @@ def spectrum(plan: Plan, weights: Tensor | None, batches: list[Ids], iterations:
     """Largest (not largest absolute) Hessian eigenvalue of the mean loss, 0 where nothing curves upwards; and the trace.
 
     At the given weights, None = the checkpoint. Power iteration; when the dominant eigenvalue is negative, again with the
-    Hessian shifted by it. The first direction is random, so its Rayleigh quotient has the mean trace / size.
+    Hessian shifted by it. The first direction is random, so its Rayleigh quotient has the mean trace / size. With a metric
+    only the precision is measured.
     """
-    curvature = Curvature(plan, weights, batches)
-    dominant = curvature.dominant(iterations)
+    curvature, posterior = Curvature(plan, weights, batches), Posterior.of(plan.settings)
+    largest = curvature.dominant(iterations)
+    if largest < 0:  # the eigenvalues shifted by it lie close together: no early stop
+        largest = max(0.0, largest + curvature.dominant(2 * iterations, shift=largest, converged=0.0))
+    if plan.metric is not None:
+        return Spectrum(largest)
     trace = curvature.first_quotient * plan.selection.size
-    if dominant >= 0 or not math.isfinite(dominant):
-        return Spectrum(dominant, trace)
-    # the eigenvalues shifted by -dominant lie close together: no early stop
-    return Spectrum(max(0.0, dominant + curvature.dominant(2 * iterations, shift=dominant, converged=0.0)), trace)
+    return Spectrum(posterior.n_beta * largest + posterior.prior_precision, largest, trace)
 
 
 class Curvature:
-    """(H - shift) v of the mean loss by central differences of the gradient:
+    """(H - shift) v of the mean loss, or in a metric (M (n_beta H + prior) - shift) v, by central differences of the gradient:
 
         H v = (g(w + r v) - g(w - r v)) / 2r + O(r^2)
 
@@ -211,12 +222,12 @@ class Curvature:
         self.in_float32 = {name: p.float() for name, p in parameters.items() if p.dtype in (torch.float16, torch.bfloat16)}
 
     def dominant(self, iterations: int, shift: float = 0.0, converged: float = CONVERGED) -> float:
-        """The eigenvalue of H - shift of largest size; infinite where the gradient is not finite."""
+        """The eigenvalue of H - shift, or of M (n_beta H + prior) - shift, of largest size; infinite where the gradient is."""
         rng = noise_generator(self.gradient.device, self.plan.settings.init_seed, "curvature")
         torch.randn(self.gradient.shape, generator=rng, out=self.gradient)
-        found = 0.0
+        found, metric = 0.0, self.plan.metric
         for iteration in range(iterations):
-            last, found = found, self.apply(shift)
+            last, found = found, self.apply(shift) if metric is None else self.apply_in_metric(metric, shift)
             if not iteration:
                 self.first_quotient = found
             settled = iteration > 1 and abs(found - last) < converged * abs(found)
@@ -245,6 +256,19 @@ class Curvature:
             image.div_(2 * self.reach).sub_(direction, alpha=shift)
             quotient += torch.dot(direction, image).item()
         return quotient
+
+    @torch.no_grad()
+    def apply_in_metric(self, metric: Tensor, shift: float) -> float:
+        """The same for M (n_beta H + prior) - shift, which is symmetric in the scalar product of 1/M."""
+        posterior, product, square = Posterior.of(self.plan.settings), 0.0, 0.0
+        self.apply()
+        for block, centre in self._centred():
+            direction = (centre - self.displaced[block.where]).div_(self.reach)
+            image = self.gradient[block.where].mul_(posterior.n_beta).add_(direction, alpha=posterior.prior_precision)
+            product += torch.dot(direction, image).item()
+            square += torch.dot(direction, direction / metric[block.where]).item()
+            image.mul_(metric[block.where]).sub_(direction, alpha=shift)
+        return product / square - shift
 
     def _centred(self) -> Iterator[tuple[Block, Tensor]]:
         for block in self.blocks:

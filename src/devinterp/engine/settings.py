@@ -9,7 +9,7 @@ from numbers import Integral, Real
 from typing import Any
 
 from devinterp.errors import InputTypeError, InputValueError, got
-from devinterp.samplers import SAMPLERS, Sampler
+from devinterp.samplers import SAMPLERS, Sampler, TakesMetric
 
 LARGEST_LR = 1e6
 """No model of float32 weights has a posterior so flat that a larger step is stable."""
@@ -41,11 +41,13 @@ def number(
     low: float = 0.0,
     above: float | None = None,
     high: float = math.inf,
+    below: float | None = None,
     also: tuple[Any, ...] = (),
 ) -> Check:
-    """A finite real number; `above` excludes the bound itself, `also` lists legal values that are no numbers."""
+    """A finite real number; `above` and `below` exclude the bound itself, `also` lists legal values that are no numbers."""
     bound = f"> {above:g}" if above is not None else f">= {low:g}"
     allowed = f"a finite number {bound}" + (f" and <= {high:g}" if math.isfinite(high) else "")
+    allowed += f" and < {below:g}" if below is not None else ""
     allowed += "".join(f", or {value!r}" for value in also)
 
     def check(name: str, value: Any) -> Any:
@@ -57,7 +59,8 @@ def number(
             raise InputTypeError(got(name, value, allowed, hint))
         value = float(value)
         too_low = value <= above if above is not None else value < low
-        if not math.isfinite(value) or too_low or value > high:
+        too_high = value > high or (below is not None and value >= below)
+        if not math.isfinite(value) or too_low or too_high:
             raise InputValueError(got(name, value, allowed, hint))
         return value
 
@@ -149,16 +152,17 @@ class Settings:
                 "n_beta=0 with localization=0 and llc_weight_decay=0: nothing holds the weights, the chain would be a "
                 "random walk. Allowed: n_beta > 0, or n_beta=0 with a prior. Try localization=300 to sample the prior."
             )
-        if self.lr == "auto" and self.sampling_method == "rmsprop_sgld":
+        traits, in_metric = SAMPLERS[self.sampling_method].traits, issubclass(SAMPLERS[self.sampling_method], TakesMetric)
+        if self.lr == "auto" and not traits.auto:
             raise InputValueError(
-                "lr='auto' with sampling_method='rmsprop_sgld': must be a number > 0, since the stable step depends on "
-                "the preconditioner. Try sampling_method='leimkuhler_matthews', or give lr."
+                f"lr='auto' with sampling_method={self.sampling_method!r}: must be a number > 0, since the stable step depends "
+                "on the preconditioner. Try sampling_method='leimkuhler_matthews', or give lr."
             )
-        if self.sampling_method != "rmsprop_sgld" and self.lr != "auto" and self.lr * prior >= 4:  # type: ignore[operator]
-            raise InputValueError(
-                f"lr={self.lr}: with localization + llc_weight_decay = {prior:g} the chain diverges for every "
-                f"lr >= {4 / prior:.3g}. Must be below that. Try lr={1 / prior:.3g}, or lr='auto'."
-            )
+        least = 1.0 if in_metric else prior  # that the largest precision can be; a metric is scaled to 1
+        if traits.auto and self.lr != "auto" and self.lr * least >= 4:  # type: ignore[operator]
+            because = "in its metric" if in_metric else f"with localization + llc_weight_decay = {prior:g}"
+            fix = f"Must be below that. Try lr={1 / least:.3g}, or lr='auto'."
+            raise InputValueError(f"lr={self.lr}: {because} the chain diverges for every lr >= {4 / least:.3g}. {fix}")
 
     @property
     def num_steps(self) -> int:
@@ -193,10 +197,11 @@ class Settings:
             self._warn_about_bias(float(self.lr))
 
     def _warn_about_bias(self, lr: float) -> None:
-        gain = {"sgmcmc_sgld": 1.0, "rmsprop_sgld": 1 / self.sampling_method_kwargs.get("eps", 0.1)}
+        largest = 1 / self.sampling_method_kwargs.get("eps", 0.1)
+        gain = {"sgmcmc_sgld": 1.0, "rmsprop_sgld": largest, "adam_sgld": largest}
         bias = lr * gain.get(self.sampling_method, 0.0) * (self.localization + self.llc_weight_decay) / 4
         if bias > 0.05:
-            up_to = "up to " if self.sampling_method == "rmsprop_sgld" else ""
+            up_to = "" if self.sampling_method == "sgmcmc_sgld" else "up to "
             _warn(
                 f"lr={lr:g} with localization + llc_weight_decay = {self.localization + self.llc_weight_decay:g}: the "
                 f"step size alone biases the variance of the weights by {up_to}{bias:.0%}. Try "

@@ -10,9 +10,9 @@ a quadratic with posterior precision A the stationary variance is exactly 1/A fo
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
-from devinterp.samplers.base import Force, Move
+from devinterp.samplers.base import Force, Move, Traits
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,6 +28,7 @@ class LeimkuhlerMatthewsState:
 class LeimkuhlerMatthews:
     lr: float
     noise_level: float = 1.0
+    traits: ClassVar = Traits(vectors=1, auto=1.0)
 
     def init(self, weights: Tensor, xi: Tensor) -> LeimkuhlerMatthewsState:
         return LeimkuhlerMatthewsState(xi)

@@ -13,9 +13,9 @@ stationary law is not exactly the posterior.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
-from devinterp.samplers.base import Force, Move
+from devinterp.samplers.base import Force, Move, Traits
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,6 +35,7 @@ class RMSpropSGLD:
     alpha: float = field(default=0.99, metadata={"low": 0.0, "high": 1.0})
     eps: float = field(default=0.1, metadata={"above": 0.0})
     bias_correction: bool = False
+    traits: ClassVar = Traits(vectors=1, auto=0.0)
 
     def init(self, weights: Tensor, xi: Tensor) -> RMSpropState:
         return RMSpropState(weights.new_full(weights.shape, float(self.bias_correction)), 0)

@@ -9,9 +9,9 @@ step size, and stable for 0 < lr A < 4.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
-from devinterp.samplers.base import Force, Move
+from devinterp.samplers.base import Force, Move, Traits
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 class SGLD:
     lr: float
     noise_level: float = 1.0
+    traits: ClassVar = Traits(vectors=0, auto=0.25)  # which leaves a bias of 1/16 along the stiffest direction
 
     def init(self, weights: Tensor, xi: Tensor) -> None:
         return None

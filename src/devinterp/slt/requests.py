@@ -21,6 +21,7 @@ from devinterp.engine.selection import check_masks
 from devinterp.engine.settings import Paths, Settings, choice, settings_and_paths
 from devinterp.engine.tokens import Observable, Tokens, check_observables, check_tokens, warn_about_padding
 from devinterp.errors import InputTypeError, InputValueError, got
+from devinterp.samplers import SAMPLERS
 from devinterp.store.durable import told_of_the_disk
 from devinterp.store.folder import FINAL_STATE_BYTES
 from devinterp.store.identity import Source, identity
@@ -199,11 +200,11 @@ def check_stored(first: Request, others: Sequence[Request]) -> None:
 
 
 def _check_memory(inputs: Inputs, masks: Mapping[str, Tensor | None]) -> None:
-    """The vectors of one chain: moving weights, their gradient and the sampler's state."""
+    """The vectors of one chain: moving weights, their gradient, the sampler's state and metric."""
     elements = sum(
         inputs.checkpoint.parameters[name].numel() if mask is None else int(mask.sum()) for name, mask in masks.items()
     )
-    needed = 4 * elements * (2 if inputs.settings.sampling_method == "sgmcmc_sgld" else 3)
+    needed = 4 * elements * (2 + SAMPLERS[inputs.settings.sampling_method].traits.vectors)
     device = inputs.checkpoint.device
     if device.type == "cuda":
         there = torch.cuda.mem_get_info(device)[1]

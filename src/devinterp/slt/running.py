@@ -13,7 +13,8 @@ import xarray as xr
 from devinterp.engine.chain import Plan
 from devinterp.engine.curvature import StepSize, choose_step_size, given_step_size
 from devinterp.engine.forward import Forward
-from devinterp.engine.placement import Placement, Step, decide, do, num_cores
+from devinterp.engine.metric import with_metric
+from devinterp.engine.placement import Placement, Step, decide, do, num_cores, threads
 from devinterp.engine.progress import Progress
 from devinterp.engine.proof import find_forward, precision_error, steps_together
 from devinterp.engine.selection import Selection
@@ -133,9 +134,12 @@ def prepare(request: Request, forwards: Forwards, held: ExitStack, *, first: boo
                 compiled=inputs.paths.compile, precision=settings.precision,
             )  # fmt: skip
         plan = Plan(settings, settings.sampler(1.0), forwards[moving], selection, inputs.batches, inputs.observables)
+        placement = _placement(plan, inputs.paths.chains_together, told.get("computed"), num_runs)
+        with threads(placement.threads):  # of the chains: a run that is gone on with has the same metric
+            plan = with_metric(plan)
         step_size = StepSize(**told["step_size"]) if told else _step_size(plan, measured=first)
         plan = replace(plan, sampler=settings.sampler(step_size.lr))
-        plan, placement = _placed(plan, inputs.paths.chains_together, told.get("computed"), num_runs)
+        plan, placement = _placed(plan, placement, is_new=not told)
         metadata = metadata_for(settings, inputs.model, inputs.observables, request.fingerprint, checkpoint.device)
         metadata |= {"step_size": asdict(step_size), "computed": asdict(placement) | plan.forward.described()}
         if settings.precision is not None:
@@ -144,13 +148,17 @@ def prepare(request: Request, forwards: Forwards, held: ExitStack, *, first: boo
         return Run(request, plan, store, placement)
 
 
-def _placed(plan: Plan, asked: str, stored: Mapping[str, Any] | None, num_runs: int) -> tuple[Plan, Placement]:
+def _placement(plan: Plan, asked: str, stored: Mapping[str, Any] | None, num_runs: int) -> Placement:
     """Where the chains run; a store that is gone on with, as it began."""
-    placement = Placement(stored["way"], stored["threads"]) if stored else decide(asked, plan, num_runs)
+    return Placement(stored["way"], stored["threads"]) if stored else decide(asked, plan, num_runs)
+
+
+def _placed(plan: Plan, placement: Placement, is_new: bool) -> tuple[Plan, Placement]:
+    """One after another, where they cannot be in one vmap."""
     if placement.way != "vmap":
         return plan, placement
     together = replace(plan, forward=replace(plan.forward, head=None))  # its gradients are made outside of autograd
-    if stored or steps_together(together):
+    if not is_new or steps_together(together):
         return together, placement
     return plan, replace(placement, way="sequential")
 

@@ -26,4 +26,5 @@ def step_size_of(ds: xr.Dataset) -> StepSize:
         prior=float(settings.get("localization", 0.0) + settings.get("llc_weight_decay", 0.0)),
         h_max=max(known("h_max_checkpoint", "h_max_pilot"), default=math.nan),
         trace=traces[0] if traces else math.nan,
+        stiffest=max(known("stiffest"), default=math.nan),
     )

@@ -33,7 +33,7 @@ SAMPLER = {
     "n_beta": NUMBER, "localization": NUMBER, "llc_weight_decay": NUMBER, "num_burnin_steps": COUNT,
     "num_steps_bw_draws": COUNT, "num_chains": COUNT, "num_draws": COUNT, "sampling_method": LINE,
 }  # fmt: skip
-MEASURED = ("h_max_checkpoint", "h_max_pilot", "trace_checkpoint", "trace_pilot", "pilot_steps")
+MEASURED = ("h_max_checkpoint", "h_max_pilot", "trace_checkpoint", "trace_pilot", "pilot_steps", "stiffest")
 STEP_SIZE = {"lr": NUMBER, **dict.fromkeys(MEASURED, NUMBER_OR_NULL)}
 PARTS: dict[str, tuple[dict[str, Check], set[str]]] = {
     "identity": ({}, set()),
