@@ -10,7 +10,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 
 from devinterp.engine.batches import Batches
-from devinterp.engine.chain import Plan
+from devinterp.engine.chain import Plan, Walker
 from devinterp.engine.checkpoint import Checkpoint
 from devinterp.engine.forward import Forward
 from devinterp.engine.selection import Selection, check_masks
@@ -85,6 +85,15 @@ def quadratic(h: float, centre: float = 0.0) -> Any:
     return loss_fn
 
 
+def curved(h: Tensor) -> Any:
+    """Loss sum h_i/2 w_i^2, the same for every sequence."""
+
+    def loss_fn(model: nn.Module, ids: Tensor) -> Tensor:
+        return (0.5 * h * model.w.square()).sum().expand(ids.shape[0], ids.shape[1] - 1)
+
+    return loss_fn
+
+
 def linear(slope: float) -> Any:
     """Loss slope * sum w, the same for every sequence."""
 
@@ -123,3 +132,12 @@ def autoregressive(rng: np.random.Generator, rho: float, *shape: int) -> np.ndar
     for t in range(1, shape[1]):
         x[:, t] = rho * x[:, t - 1] + (1 - rho**2) ** 0.5 * x[:, t]
     return x
+
+
+def walk(plan: Plan, steps: int, chain: int = 0) -> np.ndarray:
+    """The weights of a chain after so many steps."""
+    walker = Walker(plan, chain)
+    for t in range(steps):
+        walker.differentiate(t)
+        walker.step()
+    return walker.weights[0].numpy()

@@ -44,6 +44,77 @@ def rmsprop_linear_path(
     return mean, variance
 
 
+def preconditioned_mixing(precision: float, lr: float, metric: float = 1.0) -> float:
+    """Integrated autocorrelation time of w in steps of Leimkuhler-Matthews: 1 + 2 sum of rho^(k-1) (1 - lr M A / 4)."""
+    return 4 / (lr * metric * precision) - 1
+
+
+def adam_linear_path(
+    c: float, n_beta: float, gamma: float, lr: float, beta2: float, eps: float, steps: int
+) -> tuple[float, float]:
+    """Mean and variance of w - w0 for the linear loss c w: the averaged gradient is c from the first step, whatever beta1."""
+    v, mean, variance = 1.0, 0.0, 0.0
+    for t in range(1, steps + 1):
+        v = beta2 * v + (1 - beta2) * c * c
+        g = 1 / (math.sqrt(v / (1 - beta2 ** (t + 1))) + eps)
+        r = 1 - lr * g * gamma / 2
+        mean = r * mean - lr / 2 * g * n_beta * c
+        variance = r * r * variance + lr * g
+    return mean, variance
+
+
+def averaged_gradient_variance(stiffness: float, prior: float, lr: float, beta1: float, steps: int) -> float:
+    """Variance of w for a quadratic loss, stiffness = n_beta h, whose gradient is averaged as Adam does, from m = 0.
+
+    The pair (w, m) moves linearly: m <- beta1 m + (1 - beta1) w, w <- w - (lr/2)(stiffness m / (1 - beta1^t) + prior w) + noise.
+    """
+    covariance, noise = np.zeros((2, 2)), np.diag([lr, 0.0])
+    for t in range(1, steps + 1):
+        pull = lr / 2 * stiffness / (1 - beta1**t)
+        move = np.array([[1 - lr / 2 * prior - pull * (1 - beta1), -pull * beta1], [1 - beta1, beta1]])
+        covariance = move @ covariance @ move.T + noise
+    return float(covariance[0, 0])
+
+
+def _thermostat_step(A: float, lr: float, friction: float, zeta: float, heating: float) -> tuple[np.ndarray, ...]:
+    """One step of (w, p) at constant zeta, kicks noisy with variance `heating`: (w, p) -> k, p, and the noises' covariance.
+
+    k = p - time A w + kick; p = (k + sqrt(friction (2 + zeta)) xi) / (1 + zeta); w += time/2 (k + p).
+    """
+    time, keep, fresh = lr**0.5, 1 / (1 + zeta), friction * (2 + zeta) / (1 + zeta) ** 2
+    kicked = np.array([-time * A, 1.0])
+    move = np.array([[1.0, 0.0] + time / 2 * (1 + keep) * kicked, keep * kicked])
+    from_kick, from_fresh = np.array([time / 2 * (1 + keep), keep]), np.array([time / 2, 1.0])
+    noise = heating * np.outer(from_kick, from_kick) + fresh * np.outer(from_fresh, from_fresh)
+    return kicked, move, noise
+
+
+def underdamped_variance(A: float, lr: float, friction: float, steps: int) -> float:
+    """Variance of w after `steps` steps from a point with momenta N(0, 1), at constant friction; tends to 1/A."""
+    _, move, noise = _thermostat_step(A, lr, friction, friction, 0.0)
+    covariance = np.diag([0.0, 1.0])
+    for _ in range(steps):
+        covariance = move @ covariance @ move.T + noise
+    return float(covariance[0, 0])
+
+
+def thermostat_variance(A: float, lr: float, friction: float, heating: float) -> tuple[float, float]:
+    """Stationary variance of w, and zeta, for slow thermostats: zeta such that share k^2 + (1 - share) p^2 has the mean 1.
+
+    `heating` is the variance of a kick by noise of the gradient, lr n_beta^2 v.
+    """
+    low, high = 1e-3, 1e3
+    for _ in range(100):
+        zeta = (low + high) / 2
+        kicked, move, noise = _thermostat_step(A, lr, friction, zeta, heating)
+        flat = np.linalg.solve(np.eye(4) - np.kron(move, move), noise.ravel())
+        covariance = flat.reshape(2, 2)
+        share = (4 + zeta) / (8 + 4 * zeta)
+        heat = share * (kicked @ covariance @ kicked + heating) + (1 - share) * covariance[1, 1]
+        low, high = (zeta, high) if heat > 1 else (low, zeta)
+    return float(covariance[0, 0]), zeta
+
+
 def quadratic_llc(h: Sequence[float], n_beta: float, gamma: float, lr: float = 0.0) -> float:
     """Stationary LLC at the minimum: sum of n_beta h / (2 A (1 - lr A/4)); lr = 0 for samplers without step-size bias."""
     total = 0.0

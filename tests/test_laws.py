@@ -6,25 +6,16 @@ A model of D equal coordinates is D independent chains: one run of T steps gives
 import numpy as np
 import pytest
 import torch
-from cases import Weights, linear, plan_of, quadratic, rows
+from cases import Weights, linear, plan_of, quadratic, rows, walk
 from checks import LIMIT, check_gaussian
 from targets import leimkuhler_matthews_variance, precision, rmsprop_linear_path, sgld_mean, sgld_variance
 
 from devinterp.engine.chain import Walker
 from devinterp.engine.seeds import noise_generator
-from devinterp.samplers import SGLD, Force, LeimkuhlerMatthews
 
 D, T = 1_000_000, 60
 H, N_BETA, GAMMA, LR = 2.0, 3.0, 4.0, 0.09  # A = 10, lr A = 0.9
 A = precision(N_BETA, H, GAMMA)
-
-
-def walk(plan, steps: int = T, chain: int = 0) -> np.ndarray:
-    walker = Walker(plan, chain)
-    for t in range(steps):
-        walker.differentiate(t)
-        walker.step()
-    return walker.weights[0].numpy()
 
 
 def run(start: float = 0.0, centre: float = 0.0, steps: int = T, dimension: int = D, **settings) -> np.ndarray:
@@ -169,22 +160,3 @@ def test_noise_of_neighbouring_seeds_and_chains_is_uncorrelated():
     noises = np.stack([walk(plan, 1, chain) for plan, (_, chain) in zip(plans, pairs, strict=True)])
     correlation = np.corrcoef(noises)[np.triu_indices(len(pairs), 1)]
     assert np.abs(correlation).max() < LIMIT / 100_000**0.5
-
-
-def test_samplers_are_pure():
-    force = Force(torch.ones(5), 2.0, torch.full((5,), 3.0))
-    for sampler in (SGLD(0.1), LeimkuhlerMatthews(0.1)):
-        state = sampler.init(torch.zeros(5), torch.ones(5))
-        first, _ = sampler.step(force, state, torch.ones(5))
-        second, _ = sampler.step(force, state, torch.ones(5))
-        assert torch.equal(first.drift, second.drift)
-        assert torch.equal(first.noise, second.noise)
-        assert torch.equal(force.gradient, torch.ones(5))
-        assert torch.equal(force.prior, torch.full((5,), 3.0))
-
-
-@pytest.mark.parametrize("method", ["sgmcmc_sgld", "rmsprop_sgld", "leimkuhler_matthews"])
-def test_no_force_and_no_noise_means_no_move(method):
-    plan = plan_of(Weights(torch.full((10,), 2.0)), rows(4), quadratic(H, centre=2.0), noise_level=0.0,
-                   localization=GAMMA, sampling_method=method, lr=LR)  # fmt: skip
-    assert (walk(plan, 5) == 2.0).all()
