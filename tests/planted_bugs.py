@@ -39,6 +39,7 @@ STRANGERS, ATTRIBUTES = "tests/test_strangers.py", "tests/test_hostile_metadata.
 NAMES, DOORS, GUARD = "tests/test_hostile_names.py", "tests/test_no_side_doors.py", "store/guard.py"
 RESUME, CRASHES = "tests/test_resume.py", "tests/test_crashes.py"
 DIAGNOSIS, CALIBRATION = "tests/test_diagnosis.py", "tests/test_calibration.py"
+ERRORS, CONTROL, PATTERNS = "tests/test_error_bars.py", "tests/test_control.py", "tests/test_patterning.py"
 RMS, LOOP = "samplers/rmsprop_sgld.py", "engine/chain.py"
 
 BUGS = [
@@ -82,15 +83,15 @@ BUGS = [
     Bug("no bounding box", LOOP, "if box is not None:", "if False:", LAWS),
     Bug("unpaired baseline", "slt/llc.py", '(ds["baseline_loss"]) if "baseline_loss" in ds', '(ds["baseline_loss"]) if False', LLC),
     Bug("diverged chains averaged in", "store/samples.py", "if status[chain] != COMPLETE]", "if False]", LLC),
-    Bug("errors of shared batches ignored", "analysis/uncertainty.py", "return max(errors)", "return errors[0]", LLC),
-    Bug("autocorrelation ignored", "analysis/uncertainty.py", "return max(errors)", "return trace.std() / trace.size**0.5", LLC),
+    Bug("errors of shared batches ignored", "analysis/uncertainty.py", "return float(np.fmax(each, of_mean))", "return float(each)", LLC),
+    Bug("autocorrelation ignored", "analysis/uncertainty.py", "return float(np.fmax(each, of_mean))", "return float(trace.std() / trace.size**0.5)", LLC),
     Bug("stale store returned", "store/runs.py", "lines = differences(stored, fingerprint)", "lines: list[str] = []", "tests/test_store.py"),
     Bug("rows overwritten at the tail", "store/writer.py", "start, held = self._written[name], ", "start, held = 0, ", "tests/test_store.py"),
     Bug("curvature at the checkpoint alone", "engine/curvature.py", "after_pilot = max(after_pilot, h)", "after_pilot = 0.0",
         "tests/test_curvature.py"),
     Bug("covariance over N, not N - 1", "analysis/moments.py", "(observations - groups) ** 0.5", "observations**0.5", BIF),
     Bug("traces not centred", "analysis/moments.py", "    for _ in range(2):\n", "    for _ in range(0):\n", BIF),
-    Bug("sequences and tokens of a pair exchanged", "slt/bif_results.py", ".transpose(0, 2, 1, 3)\n            yield", ".transpose(0, 2, 3, 1)\n            yield", BIF),
+    Bug("sequences and tokens of a pair exchanged", "slt/bif_results.py", ".swapaxes(2, 3)\n            yield", ".swapaxes(2, 4)\n            yield", BIF),
     Bug("observables in the order of sampling", "store/traces.py", "return sorted(known)", "return list(known)", BIF),
     Bug("tokens told one position early", "slt/bif_results.py", "ids[n // length, n % length + 1]", "ids[n // length, n % length]", BIF),
     Bug("two-chain without the whole model", "analysis/susceptibility.py", "self.g / self.count * (full.d", "0 * self.g / self.count * (full.d", SUS),
@@ -176,6 +177,20 @@ BUGS = [
     Bug("a folder of somebody else mended", "store/folder.py", "if is_new or not self.store.exists():", "if not self.store.exists():", NAMES),
     Bug("names that leave the store", "store/folder.py", 'and ".." not in name', "", RESUME),
     Bug("order of sets", CODE, "*sorted(map(reader.of, value)))", "*map(reader.of, value))", IDENTITY),
+    Bug("errors about no mean", "analysis/susceptibility.py", "_centred(_beside(g, d)) * _centred(d)", "_beside(g, d) * _centred(d)", ERRORS),
+    Bug("error of the full run forgotten", "analysis/susceptibility.py", "g.mean(axis=(0, 1)) * full_error", "0 * full_error", ERRORS),
+    Bug("errors of tokens averaged", "slt/suite_errors.py", "total += d.mean(axis=2) / count", "total = d.mean(axis=2)", SUS),
+    Bug("every draw independent", "analysis/uncertainty.py", "np.sqrt(time / draws)", "np.sqrt(1 / draws)", ERRORS),
+    Bug("lags of one trace only", "analysis/influence_errors.py", "(row_lags @ column_lags.T)", "(row_lags @ row_lags.T)[:, : len(column_lags)]", ERRORS),
+    Bug("shared batches not counted", "analysis/influence_errors.py", "    if chains > 1:\n", "    if False:\n", ERRORS),
+    Bug("Gaussian losses assumed", "analysis/influence_errors.py", "variance.clamp_min_(0)",
+        "((1 - influences.square()).square() / rows.shape[1] if correlation else variance)", ERRORS),
+    Bug("a control with its loss", "slt/control.py", "replace(inputs.settings, n_beta=0.0)", "inputs.settings", CONTROL),
+    Bug("a control at its own step size", "slt/control.py", 'at_step_size(control, metadata_of(samples)["step_size"]["lr"])', "control", CONTROL),
+    Bug("a control without a prior", "slt/control.py", "if settings.localization + settings.llc_weight_decay == 0:", "if False:", CONTROL),
+    Bug("weights the other way", "slt/patterning.py", "1 + alpha * found.direction", "1 - alpha * found.direction", PATTERNS),
+    Bug("rows that do not sum to zero", "slt/patterning.py", "chi = summing_to_zero(chi)", "pass", PATTERNS),
+    Bug("noise taken for response", "slt/patterning.py", "predicted - noise", "predicted + 0 * noise", PATTERNS),
     Bug("origin of a configuration compared", CODE, "if name not in NOT_OF_CONFIGS", "if True", IDENTITY),
     Bug("noise of shared batches left in R-hat", "analysis/chains.py", "own: Trace = trace - trace.mean(axis=0, keepdims=True) + trace.mean()", "own: Trace = trace", DIAGNOSIS),
     Bug("a climb hidden by its own autocorrelation", "analysis/chains.py", "about = [_about_line(part) for part in (early, late)]", "about = [early, late]", DIAGNOSIS),
