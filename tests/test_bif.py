@@ -219,7 +219,7 @@ def run_of(count, length):
         attrs={"metadata": {"config": {"sampler": {}, "observables": [{"obs_id": "x"}]}}},
     )
     return ds
-devinterp.compute_bif(run_of(4, 50), output_path=sys.argv[1] + "/small", progress=False)  # libraries, threads
+devinterp.compute_bif(run_of(4, 50), output_path=sys.argv[1] + "/small", errors=True, progress=False)  # libraries, threads
 used = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmData"))
 limit = used * 1024 + 320 * 2**20  # a block of 32 MiB exists up to six times on its way to the disk
 resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
