@@ -41,6 +41,8 @@ RESUME, CRASHES = "tests/test_resume.py", "tests/test_crashes.py"
 DIAGNOSIS, CALIBRATION = "tests/test_diagnosis.py", "tests/test_calibration.py"
 ERRORS, CONTROL, PATTERNS = "tests/test_error_bars.py", "tests/test_control.py", "tests/test_patterning.py"
 RMS, LOOP = "samplers/rmsprop_sgld.py", "engine/chain.py"
+PLM, NHT = "samplers/preconditioned_leimkuhler_matthews.py", "samplers/sgnht.py"
+SAMPLERS, METRIC = "tests/test_samplers.py", "tests/test_metric.py"
 
 BUGS = [
     Bug("noise scaled by lr", SGLD, "self.lr**0.5 * xi", "self.lr * xi", LAWS),
@@ -51,6 +53,17 @@ BUGS = [
     Bug("rmsprop noise with G, not sqrt(G)", RMS, "(self.lr * preconditioner).sqrt()", "self.lr**0.5 * preconditioner", LAWS),
     Bug("rmsprop squares the whole force", RMS, "g, t = force.gradient", "g, t = force.total()", LAWS),
     Bug("rmsprop correction off by one", RMS, "self.alpha ** (t + 1)", "self.alpha**t", LAWS),
+    Bug("noise with M, not sqrt(M)", PLM, "* rate**0.5 *", "* self.lr**0.5 * force.metric *", METRIC),
+    Bug("heat counted in equal parts", NHT, "(4 + state.thermostat) / (8 + 4 * state.thermostat)", "0.5", SAMPLERS),
+    Bug("friction without its heat", NHT, "(self.friction * (2 + thermostat))", "(2 * self.friction)", SAMPLERS),
+    Bug("momenta forgotten", NHT, "SGNHTState(momentum, thermostat)", "SGNHTState(0 * momentum, thermostat)", SAMPLERS),
+    Bug("adam without its average", "samplers/adam_sgld.py", "- gain * force.n_beta * remembered", "", SAMPLERS),
+    Bug("adam squares the average", "samplers/adam_sgld.py", "(1 - self.beta2) * g * g", "(1 - self.beta2) * average**2", SAMPLERS),
+    Bug("the metric stays behind", LOOP, "self.purpose, self.metric", "self.purpose", METRIC),
+    Bug("a metric of diagonals with their sign", "engine/metric.py", "squares.addcmul_(curvature.gradient, curvature.gradient,",
+        "squares.addcmul_(curvature.gradient, curvature.gradient.sign(),", METRIC),
+    Bug("the metric not scaled", "engine/metric.py", "metric.div_(stiffest)", "metric", METRIC),
+    Bug("step size by the weights' own curvature", "engine/curvature.py", "self.apply(shift) if metric is None else", "self.apply(shift) if True else", METRIC),
     Bug("n_beta left out", "samplers/base.py", "self.n_beta * self.gradient", "1.0 * self.gradient", LAWS),
     Bug("localization to zero", "engine/posterior.py", "(weights - anchor).mul_", "(weights - 0 * anchor).mul_", LAWS),
     Bug("localization 2 % off", "engine/posterior.py", "mul_(self.localization)", "mul_(1.02 * self.localization)", LAWS),

@@ -46,7 +46,7 @@ def rmsprop_linear_path(
 
 def preconditioned_mixing(precision: float, lr: float, metric: float = 1.0) -> float:
     """Integrated autocorrelation time of w in steps of Leimkuhler-Matthews: 1 + 2 sum of rho^(k-1) (1 - lr M A / 4)."""
-    return 4 / (lr * metric * precision) - 1
+    return 4 / (lr * metric * precision)
 
 
 def adam_linear_path(

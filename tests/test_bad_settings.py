@@ -35,6 +35,21 @@ TOGETHER = [
     ({"n_beta": 0.0, "localization": 0.0}, "n_beta=0 .*random walk"),
     ({"lr": 5.0}, "lr=5.0.*diverges"),
     ({"lr": "auto", "sampling_method": "rmsprop_sgld"}, "lr='auto'"),
+    ({"lr": "auto", "sampling_method": "adam_sgld"}, "lr='auto' with sampling_method='adam_sgld'"),
+    ({"lr": 4.0, "sampling_method": "preconditioned_leimkuhler_matthews"}, "lr=4.0: in its metric .*Try lr=1, or lr='auto'"),
+    ({"lr": 1.0, "sampling_method": "sgnht", "localization": 4.0}, "the chain diverges"),
+    *[
+        ({"sampling_method": "adam_sgld", "sampling_method_kwargs": {"beta1": value}}, r"\['beta1'\].*>= 0 and < 1")
+        for value in (-0.1, 1.0, NAN)
+    ],
+    ({"sampling_method": "adam_sgld", "sampling_method_kwargs": {"beta2": 1.0}}, r"\['beta2'\]=1.0.*< 1"),
+    ({"sampling_method": "adam_sgld", "sampling_method_kwargs": {"eps": 0.0}}, r"\['eps'\].*> 0"),
+    ({"sampling_method": "sgnht", "sampling_method_kwargs": {"friction": 0.0}}, r"\['friction'\].*> 0"),
+    ({"sampling_method": "sgnht", "sampling_method_kwargs": {"coupling": -0.1}}, r"\['coupling'\].*>= 0"),
+    (
+        {"sampling_method": "preconditioned_leimkuhler_matthews", "lr": 1.0, "sampling_method_kwargs": {"damping": 0.0}},
+        r"\['damping'\].*> 0",
+    ),
     ({"rmsprop_eps": 0.1}, "rmsprop_eps=0.1"),
     ({"sampling_method": "rmsprop_sgld", "rmsprop_eps": 0.0}, r"sampling_method_kwargs\['eps'\]"),
     ({"sampling_method": "rmsprop_sgld", "rmsprop_alpha": 1.5}, r"sampling_method_kwargs\['alpha'\]=1.5.*<= 1"),

@@ -19,6 +19,7 @@ from devinterp.engine import placement
 from devinterp.engine.chain import Diverged, Walk, Walker, run_chains
 from devinterp.engine.placement import Placement, decide
 from devinterp.errors import ChainFailed, DevinterpInputError
+from devinterp.samplers import SAMPLERS
 from devinterp.store.reader import open_store
 
 SHORT = {"lr": 1e-3, "n_beta": 10.0, "localization": 5.0, "batch_size": 4, "num_draws": 5, "num_chains": 3,
@@ -186,7 +187,7 @@ def test_a_baseline_that_was_interrupted_is_made_though_all_chains_are_done(tmp_
 
 
 @pytest.mark.parametrize("shared", [True, False])
-@pytest.mark.parametrize("method", ["sgmcmc_sgld", "rmsprop_sgld", "leimkuhler_matthews"])
+@pytest.mark.parametrize("method", list(SAMPLERS))
 def test_one_vmap_is_one_after_another_to_float_tolerance(shared, method):
     data = random_tokens()
     runs = {

@@ -209,8 +209,9 @@ def test_one_call_samples_every_restriction_and_goes_on_where_it_stopped(tmp_pat
     }
 
 
-def test_the_step_size_is_chosen_on_the_whole_model(tmp_path):
-    chosen = SHORT | {"lr": "auto", "sampling_method": "leimkuhler_matthews", "output_path": tmp_path / "suite"}
+@pytest.mark.parametrize("method", ["leimkuhler_matthews", "preconditioned_leimkuhler_matthews"])
+def test_the_step_size_is_chosen_on_the_whole_model(tmp_path, method):
+    chosen = SHORT | {"lr": "auto", "sampling_method": method, "output_path": tmp_path / "suite"}
     first = devinterp.susceptibilities(TinyLM(), DATA, OBSERVABLES, MASKS, sampling_task="pile", **chosen)
     sizes = {
         name: xr.open_datatree(tmp_path / f"suite_{name}", engine="zarr", consolidated=False).attrs["metadata"]["step_size"][

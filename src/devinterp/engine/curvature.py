@@ -76,7 +76,7 @@ def choose_step_size(plan: Plan) -> StepSize:
     """
     batches = curvature_batches(plan)
     at_checkpoint = spectrum(plan, None, batches)
-    check_curved("lr='auto'", at_checkpoint.precision)
+    check_curved("lr='auto'", at_checkpoint.precision, "Give lr, or a localization > 0.")
     lr, after_pilot, steps = 0.5 / at_checkpoint.precision, [], 0
     for chain in range(PILOT_CHAINS):
         found, lr, steps = pilot(plan, chain, lr, batches)
@@ -95,12 +95,12 @@ def choose_step_size(plan: Plan) -> StepSize:
     return StepSize(chosen, at_checkpoint.h_max, h_max, at_checkpoint.trace, trace, steps)
 
 
-def check_curved(what: str, precision: float) -> None:
+def check_curved(what: str, precision: float, fix: str) -> None:
     """Raises InputValueError where nothing holds the weights, neither the loss nor a prior."""
     if not precision > 0:
         raise InputValueError(
             f"{what}: the loss has no positive curvature at the checkpoint and there is no prior, so every step is stable and "
-            "none is right. Give lr, or a localization > 0."
+            f"none is right. {fix}"
         )
 
 

@@ -28,8 +28,8 @@ def with_metric(plan: Plan) -> Plan:
     posterior, batches = Posterior.of(plan.settings), curvature_batches(plan)
     precision = row_norms(plan, batches).mul_(posterior.n_beta).add_(posterior.prior_precision)
     metric = plan.sampler.metric(precision)
-    stiffest = spectrum(replace(plan, metric=metric), None, batches).precision
-    check_curved("sampling_method", stiffest)
+    stiffest = spectrum(replace(plan, metric=metric), None, batches).precision if precision.any() else 0.0
+    check_curved(f"sampling_method={plan.settings.sampling_method!r}", stiffest, "Try localization=300.")
     return replace(plan, metric=metric.div_(stiffest))
 
 
