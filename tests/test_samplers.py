@@ -154,3 +154,18 @@ def test_adam_adapts_as_the_exact_path_says(beta1, beta2):
                    sampling_method="adam_sgld", sampling_method_kwargs=kwargs)  # fmt: skip
     mean, variance = adam_linear_path(slope, N_BETA, GAMMA, lr, beta2, 0.5, steps=20)
     check_gaussian(walk(plan, 20), mean, variance)
+
+
+@pytest.mark.parametrize(("method", "documented"), [("rmsprop_sgld", 1.12), ("adam_sgld", 1.50)])
+def test_bias_of_the_adaptive_samplers_is_as_documented(method, documented):
+    """Variance times A = 10 on a quadratic at their defaults and lr = 0.03, in docs/guide.md."""
+    count, steps = 10_000, 600
+    walker = Walker(plan_of(Weights(torch.zeros(count)), rows(4), quadratic(9.0), lr=0.03, n_beta=1.0, localization=1.0,
+                            sampling_method=method), 0)  # fmt: skip
+    found = []
+    for t in range(steps):
+        walker.differentiate(t)
+        walker.step()
+        if t >= steps // 2 and not t % 20:
+            found.append(10 * float(walker.weights.double().square().mean()))
+    assert np.mean(found) == pytest.approx(documented, abs=0.02)

@@ -66,7 +66,7 @@ def test_metadata_is_enough_to_repeat_the_run(tmp_path):
     assert first.attrs["metadata"]["config"]["observables"] == [{"obs_id": "code", "batches_per_draw": 2}]
     assert first.attrs["metadata"]["versions"]["torch"] == torch.__version__
     step_size = first.attrs["metadata"]["step_size"]
-    measured = {"h_max_checkpoint", "h_max_pilot", "trace_checkpoint", "trace_pilot", "pilot_steps"}
+    measured = {"h_max_checkpoint", "h_max_pilot", "trace_checkpoint", "trace_pilot", "pilot_steps", "stiffest"}
     assert measured | {"lr"} == set(step_size)
     json.dumps(first.attrs["metadata"])
 

@@ -75,7 +75,8 @@ def sample(
         dataset: a Hugging Face Dataset with an `input_ids` column of equal-length sequences.
         observables: name -> Dataset or (Dataset, number of batches); may be empty.
         lr: step size, or "auto": 1 / (n_beta h_max + localization + llc_weight_decay), h_max the largest Hessian
-            eigenvalue at the checkpoint and after a short pilot (a quarter of that for SGLD, not offered for RMSprop).
+            eigenvalue at the checkpoint and after a short pilot (a quarter of that for SGLD, in the metric where there is
+            one, not offered for RMSprop and Adam).
         n_beta: inverse temperature times n, in 1/nats.
         param_masks: parameter name -> bool mask (None = whole parameter). Only these move; None = every parameter that
             requires a gradient.
@@ -93,8 +94,10 @@ def sample(
         noise_level: standard deviation of the noise; only 1 samples the posterior.
         llc_weight_decay: precision of a Gaussian prior centred at zero.
         bounding_box_size: weights are clamped to the checkpoint +- this.
-        sampling_method: "sgmcmc_sgld", "rmsprop_sgld" or "leimkuhler_matthews" (recommended: no step-size bias on quadratics).
-        sampling_method_kwargs: settings of the method: `alpha`, `eps`, `bias_correction` of rmsprop_sgld.
+        sampling_method: "sgmcmc_sgld", "leimkuhler_matthews" (recommended: no step-size bias on quadratics),
+            "preconditioned_leimkuhler_matthews", "sgnht", "rmsprop_sgld" or "adam_sgld" (docs/guide.md: which is right when).
+        sampling_method_kwargs: settings of the method: `damping` of preconditioned_leimkuhler_matthews; `friction`, `coupling`
+            of sgnht; `alpha`, `eps`, `bias_correction` of rmsprop_sgld; `beta1`, `beta2`, `eps` of adam_sgld.
         rmsprop_eps: alias of sampling_method_kwargs["eps"].
         rmsprop_alpha: alias of sampling_method_kwargs["alpha"].
         shuffle: visit the dataset in a new random order every epoch; otherwise always in its own order.
