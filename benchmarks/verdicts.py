@@ -117,8 +117,8 @@ def main() -> None:
         counts[label, said] += 1
         labels.append(label)
         print(number, label, dict(verdicts), f"{float(found.llc_mean):.4g} ± {float(found.mcse):.2g}", flush=True)
-        if (said == "healthy") != (label == "good"):
-            missed.append(f"run {number} ({label}): {said}")
+        wrong = (said == "healthy") != (label == "good")
+        missed += [f"run {number} ({label}): {said}"] * wrong
     said = sorted({verdict for _, verdict in counts})
     lines = ["| made | runs | " + " | ".join(said) + " |", "|---|" + "---|" * (len(said) + 1)]
     for label in dict.fromkeys(labels):
