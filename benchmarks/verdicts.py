@@ -107,22 +107,22 @@ def runs() -> Iterator[tuple[str, Made]]:
 def main() -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    counts: Counter[tuple[str, str]] = Counter()
-    missed, labels = [], []
+    seen: list[tuple[str, str]] = []
     for number, (label, (model, data, settings)) in enumerate(runs()):
         found = devinterp.diagnose(devinterp.sample(model, data, {}, **settings))
         verdicts = Counter(found.verdict.values.tolist())
         sick = [verdict for verdict in verdicts if verdict != "healthy"]
         said = max(sick, key=verdicts.__getitem__) if sick else "healthy"
-        counts[label, said] += 1
-        labels.append(label)
+        seen.append((label, said))
         print(number, label, dict(verdicts), f"{float(found.llc_mean):.4g} ± {float(found.mcse):.2g}", flush=True)
-        wrong = (said == "healthy") != (label == "good")
-        missed += [f"run {number} ({label}): {said}"] * wrong
-    said = sorted({verdict for _, verdict in counts})
+    counts, labels = Counter(seen), [label for label, _ in seen]
+    missed = [f"run {i} ({label}): {said}" for i, (label, said) in enumerate(seen) if (said == "healthy") != (label == "good")]
+    said = sorted({verdict for _, verdict in seen})
     lines = ["| made | runs | " + " | ".join(said) + " |", "|---|" + "---|" * (len(said) + 1)]
-    for label in dict.fromkeys(labels):
-        lines.append(f"| {label} | {labels.count(label)} | " + " | ".join(str(counts[label, v] or "") for v in said) + " |")
+    lines += [
+        f"| {label} | {labels.count(label)} | " + " | ".join(str(counts[label, verdict] or "") for verdict in said) + " |"
+        for label in dict.fromkeys(labels)
+    ]
     head = (
         f"`python benchmarks/verdicts.py`, {datetime.date.today()}, {machine()}. {len(labels)} runs of 4 chains, made good or bad on purpose; "
         "of each run the commonest verdict that is not healthy."
