@@ -136,6 +136,8 @@ class Operations:
             self.on = False
             os.truncate(path, os.path.getsize(path) // 2)  # it was in the midst of writing this
         self.step()
+        if event == "os.rename" and self.log and os.path.isdir(path):
+            self.disk.moved(os.fspath(path), os.fspath(arguments[1]))
 
     def step(self) -> None:
         if not self.on and not self.torn:
@@ -157,6 +159,11 @@ class Disk:
         self.files: dict[str, bytes | None] = {}
         """None: the name is certain, what the file holds is not"""
         self.folders: set[str] = set()
+
+    def moved(self, old: str, new: str) -> None:
+        """A folder under another name holds what it held. (That it goes back to the old name is a death before the move.)"""
+        self.files = {new + name[len(old) :] if name.startswith(f"{old}/") else name: held for name, held in self.files.items()}
+        self.folders = {new + name[len(old) :] if f"{name}/".startswith(f"{old}/") else name for name in self.folders}
 
     def synced(self, descriptor: int) -> None:
         path = os.readlink(f"/proc/self/fd/{descriptor}")
