@@ -110,7 +110,7 @@ def test_autocorrelation_time_of_the_step():
 def test_auto_goes_by_the_stiffest_direction_in_the_metric():
     """w^4 is flat where the metric is made, so the pilot finds it stiffer than that; at 1 it has its curvature already."""
     quartic = lambda model, ids: model.w.pow(4).sum().expand(len(ids), 1)  # noqa: E731
-    for start, low, high in ((0.0, 5e-4, 2e-3), (1.0, 0.7, 1.01)):
+    for start, low, high in ((0.0, 5e-4, 1e-2), (1.0, 0.7, 1.01)):  # at the checkpoint alone it would be 1
         plan = plan_of(
             Weights(torch.full((50,), start)), rows(4), quartic, lr="auto", n_beta=1000.0, localization=1.0, **METHOD
         )
