@@ -15,10 +15,11 @@ a step and friction that has N(0, friction/zeta) as its exact law:
 
 k carries the noise of one gradient more than p. Both have the mean square 1 without such noise; with noise of variance v a
 step, independent from step to step, it is their average at the share s that is 1 where the stationary variance of w on a
-quadratic is 1/A: exactly, for every lr A < 4 and lr n_beta^2 v < 4 - lr A, if thermostats are slow (coupling small). SGLD is
-off by 1 + lr n_beta^2 v / 4. Noise that is correlated between weights is not taken up, or only in part. Thermostats fluctuate by sqrt(coupling) and settle in some zeta/coupling steps: that much
-burn-in comes before the law holds. Constant friction (coupling=0) is exact without gradient noise alone; where it is large
-too, this is the Leimkuhler-Matthews step. With noise_level != 1 the stationary variance scales with noise_level^2.
+quadratic is 1/A: exactly, for every lr A < 4 and lr n_beta^2 v < 4 - lr A, if thermostats are slow (coupling small). SGLD
+is off by 1 + lr n_beta^2 v / 4. Noise that is correlated between weights is not taken up, or only in part. Thermostats
+fluctuate by sqrt(coupling) and settle in some zeta/coupling steps: that much burn-in comes before the law holds. Constant
+friction (coupling=0) is exact without gradient noise alone; where it is large too, this is the Leimkuhler-Matthews step.
+With noise_level != 1 the stationary variance scales with noise_level^2.
 """
 
 from __future__ import annotations
