@@ -106,7 +106,7 @@ def _fits(plan: Plan, chains: int) -> bool:
     if "SC_PHYS_PAGES" not in os.sysconf_names:
         return True
     model = sum(p.numel() * p.element_size() for p in plan.checkpoint.parameters.values())
-    each = model + 4 * 4 * plan.selection.size
+    each = model + 4 * (3 + plan.sampler.traits.vectors) * plan.selection.size
     return min(num_cores(), chains) * each < 0.5 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
