@@ -349,6 +349,7 @@ def test_a_patient_watch_finds_the_very_step_of_divergence(monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, from within torch.compile
 def test_compiled_losses(tiny, tokens):
     plain = devinterp.sample(tiny, tokens, {"x": tokens}, **SHORT)
     compiled = devinterp.sample(tiny, tokens, {"x": tokens}, compile=True, **SHORT)
