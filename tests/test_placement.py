@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import loky
 import numpy as np
 import pytest
 import torch
@@ -37,7 +38,7 @@ def files(store: Path) -> dict[str, bytes]:
 def test_processes_write_the_bytes_of_one_after_another(masks, tmp_path, monkeypatch):
     model, data = tiny_model("gpt_neox", "mha"), random_tokens(16, 11, 40)
     masks = None if masks is None else devinterp.create_param_masks(model, masks)
-    monkeypatch.setattr(placement, "num_cores", lambda: 2)
+    monkeypatch.setattr("loky.cpu_count", lambda: 2)
     for way in ("sequential", "processes"):
         with placement.threads(1):
             devinterp.sample(model, data, {"x": data}, param_masks=masks, output_path=tmp_path / way, chains_together=way,
@@ -48,8 +49,7 @@ def test_processes_write_the_bytes_of_one_after_another(masks, tmp_path, monkeyp
 
 
 def test_a_suite_in_processes_is_that_of_one_after_another(tmp_path, monkeypatch):
-    monkeypatch.setattr(placement, "num_cores", lambda: 2)
-    monkeypatch.setattr("devinterp.slt.running.num_cores", lambda: 2)
+    monkeypatch.setattr("loky.cpu_count", lambda: 2)
     model, data = tiny_model("gpt_neox", "mha"), random_tokens(16, 11, 40)
     names = {"full": None, "l0h1": "l0h1", "l1h0": "l1h0", "l1 mlp": "l1 mlp"}
     for way in ("sequential", "processes"):
@@ -62,7 +62,7 @@ def test_a_suite_in_processes_is_that_of_one_after_another(tmp_path, monkeypatch
 
 def _sampled(way: str, path: Path) -> None:
     torch.set_num_threads(1)
-    placement.num_cores = lambda: 2
+    loky.cpu_count = lambda: 2
     devinterp.sample(TinyLM(), random_tokens(), {}, output_path=path, chains_together=way, **SHORT)
 
 
@@ -121,7 +121,7 @@ class Deadly(TinyLM):
 
 
 def test_a_dead_worker_costs_its_chain_alone_and_the_same_call_goes_on(tmp_path, monkeypatch):
-    monkeypatch.setattr(placement, "num_cores", lambda: 4)
+    monkeypatch.setattr("loky.cpu_count", lambda: 4)
     data, masks = random_tokens(), {"out.bias": None}
     of_plan = {name: SHORT[name] for name in ("lr", "n_beta", "localization", "batch_size")}
     walker = Walker(plan_of(TinyLM(), data, masks=masks, **of_plan), 1)
@@ -271,7 +271,7 @@ def test_a_model_that_no_vmap_carries_runs_one_after_another(caplog):
 
 
 def test_the_rule_is_of_sizes_alone(monkeypatch):
-    monkeypatch.setattr(placement, "num_cores", lambda: 2)
+    monkeypatch.setattr("loky.cpu_count", lambda: 2)
     data = random_tokens()
 
     def way(model=None, **settings):
@@ -299,7 +299,7 @@ def test_a_store_is_gone_on_with_as_it_began(tmp_path, monkeypatch):
     from devinterp.slt import running
 
     placed = []
-    monkeypatch.setattr(running, "do", lambda work, tasks, where, do=running.do: placed.append(where) or do(work, tasks, where))
+    monkeypatch.setattr(running, "do", lambda work, tasks, where, site, do=running.do: placed.append(where) or do(work, tasks, where, site))
     again = devinterp.sample(TinyLM(), data, {}, output_path=tmp_path / "run", chains_together="sequential", **SHORT)
     assert [where.way for where in placed] == ["vmap"]
     np.testing.assert_array_equal(first.sampling_loss, again.sampling_loss)

@@ -53,18 +53,6 @@ class Plan:
     def checkpoint(self) -> Checkpoint:
         return self.forward.checkpoint
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Travels to another process with the weights once, not with every view of them."""
-        indices = {piece.name: piece.index for piece in self.selection.pieces}
-        others = self.batches, self.observables, self.purpose, self.metric
-        return _plan_again, (self.settings, self.sampler, self.forward, indices, *others)
-
-
-def _plan_again(
-    settings: Settings, sampler: Sampler, forward: Forward, indices: dict[str, Tensor | None], *others: Any
-) -> Plan:
-    return Plan(settings, sampler, forward, Selection.of_indices(forward.checkpoint.parameters, indices), *others)
-
 
 @dataclass(frozen=True)
 class Snapshot:

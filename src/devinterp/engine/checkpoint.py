@@ -68,9 +68,6 @@ class Checkpoint:
         self._frozen = {f"model.{name}": p for name, p in self.parameters.items()}
         self._module = _LossModule(self.model, loss_fn or next_token_losses)
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Checkpoint, (self.model, self.loss_fn, self.device, self.train_mode)
-
     @contextmanager
     def ready(self) -> Iterator[None]:
         """Training flags as the run needs them; as they were, afterwards. Autograd on, whatever the caller has set."""

@@ -76,10 +76,6 @@ class Forward:
     def _compiled(self) -> Callable[..., Tensor]:
         return torch.compile(lambda moved, ids, buffers: self.checkpoint.losses(moved, ids, buffers))
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Without what was compiled, which is made again where it is needed."""
-        return {name: value for name, value in self.__dict__.items() if name != "_compiled"}
-
     def described(self) -> dict[str, Any]:
         """For the store's record."""
         names = {module: name for name, module in self.checkpoint.model.named_modules()}

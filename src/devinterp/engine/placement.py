@@ -1,24 +1,13 @@
-"""Where chains run: one after another, side by side in worker processes, or in one vmap. Decided by sizes, never by timing."""
+"""How the chains of a run are computed: one after another, side by side, or in one vmap. Decided by sizes, never by timing."""
 
 import contextlib
-import logging
-import multiprocessing
 import os
-import tempfile
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, TypeVar
 
-import numpy as np
 import torch
 
 from devinterp.engine.chain import Plan
-from devinterp.engine.stopping import SECONDS_TO_STOP, no_signals
-
-logger = logging.getLogger(__name__)
 
 LONG_RUN = 3e11
 """Floating-point operations from which starting worker processes (their imports take seconds) pays"""
@@ -27,23 +16,6 @@ TINY_STEP = 2e7
 TINY_STEP_ELSEWHERE = 2e10
 MANY_CHAINS = 8
 """from which a CPU gains by one vmap"""
-WORKER_IDLE_SECONDS = 300
-
-SECONDS_BETWEEN_LOOKS = 0.2
-
-
-@dataclass(frozen=True)
-class Step:
-    """What a task yields between two of its steps."""
-
-    count: int = 1
-    """rows that the progress display is to count"""
-    note: str = ""
-
-
-Task = TypeVar("Task")
-Work = Callable[[Task], Generator[Step, None, Any]]
-"""Does a task, yields after every step, and returns an outcome. Closed between two steps, it keeps what was done."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +34,7 @@ class Placement:
         return [(chain,) for chain in chains]
 
 
-def decide(asked: str, plan: Plan, num_runs: int = 1) -> Placement:
+def decide(asked: str, plan: Plan, num_runs: int = 1, handed_out: bool = False) -> Placement:
     """`chains_together`; for "auto" by this rule:
 
     - in one vmap where a step of one chain is so small that its operators are all overhead (on a CPU: at least
@@ -70,12 +42,16 @@ def decide(asked: str, plan: Plan, num_runs: int = 1) -> Placement:
     - otherwise on a CPU in processes, where there are several cores and chains, the run is longer than `LONG_RUN` operations
       and half of the memory holds a copy of the model for each;
     - otherwise one after another.
+
+    Chains that are `handed_out` to workers of an executor have one thread each, whatever those workers' machines are, and
+    "auto" is one vmap or "processes".
     """
     threads, chains = torch.get_num_threads(), plan.settings.num_chains
     if asked == "auto":
         asked = _rule(plan, num_runs)
+        asked = "processes" if handed_out and asked == "sequential" else asked
     if asked == "processes":
-        threads = max(1, num_cores() // min(num_cores(), chains * num_runs))
+        threads = 1 if handed_out else max(1, num_cores() // min(num_cores(), chains * num_runs))
     return Placement(asked, threads)
 
 
@@ -128,123 +104,3 @@ def threads(count: int) -> Iterator[None]:
     finally:
         if torch.get_num_threads() != before:
             torch.set_num_threads(before)
-
-
-def do(work: Work[Task], tasks: Sequence[Task], placement: Placement) -> Generator[Step, None, list[Any]]:
-    """Do tasks where they are placed; yields the steps of all, and returns their outcomes in order.
-
-    The outcome of a task whose worker process died is a `BrokenProcessPool`.
-    """
-    if placement.way == "processes" and len(tasks) > 1 and _may_start_workers():
-        return (yield from _in_processes(work, tasks, placement.threads))
-    with threads(placement.threads):
-        outcomes: list[Any] = []
-        for task in tasks:
-            outcome = yield from work(task)
-            outcomes.append(outcome)
-    return outcomes
-
-
-def _may_start_workers() -> bool:
-    """Not from within a worker of `multiprocessing.Pool`, for one: there chains run one after another, with equal numbers."""
-    if multiprocessing.current_process().daemon:
-        logger.info("a daemonic process may start no workers: chains run one after another")
-        return False
-    return True
-
-
-def _in_processes(work: Work[Task], tasks: Sequence[Task], num_threads: int) -> Generator[Step, None, list[Any]]:
-    """Workers import nothing of the user's script, and stay for the next run; they count their steps in a shared file."""
-    workers = min(len(tasks), max(1, num_cores() // num_threads))
-    outcomes: list[Any] = [None] * len(tasks)
-    with tempfile.TemporaryDirectory(prefix="devinterp-") as folder:
-        counts = Counts(Path(folder) / "steps", len(tasks), create=True)
-
-        def attempt(numbers: Sequence[int], count: int) -> Generator[Step, None, list[int]]:
-            """Do some of the tasks; returns those whose worker died."""
-            from loky import get_reusable_executor
-
-            executor = get_reusable_executor(max_workers=count, timeout=WORKER_IDLE_SECONDS)
-            futures: dict[Future[Any], int] = {}
-            with _stopped_if_left(executor, futures, counts):
-                for i in numbers:
-                    futures[executor.submit(_exhaust, work, tasks[i], counts.path, i, len(tasks), num_threads, os.getpid())] = i
-                yield from _watched(futures, counts)
-            for future, i in futures.items():
-                error = future.exception()
-                if error is not None and not isinstance(error, BrokenProcessPool):
-                    raise error
-                outcomes[i] = error or future.result()
-            return [i for i in numbers if isinstance(outcomes[i], BrokenProcessPool)]
-
-        # one death breaks all that were under way: each of them is tried once more, alone
-        for i in (yield from attempt(range(len(tasks)), workers)):
-            yield from attempt([i], 1)
-    return outcomes
-
-
-@contextlib.contextmanager
-def _stopped_if_left(executor: Any, futures: Mapping[Future[Any], int], counts: "Counts") -> Iterator[None]:
-    """When the block is interrupted, workers end their step and keep what was done; then they are killed."""
-    try:
-        yield
-    except BaseException as error:
-        if isinstance(error, GeneratorExit | OSError):
-            counts.stop()
-            for future in futures:
-                future.cancel()
-            wait([future for future in futures if not future.cancelled()], timeout=SECONDS_TO_STOP)
-        executor.shutdown(wait=True, kill_workers=True)
-        raise
-
-
-def _watched(futures: Mapping[Future[Any], int], counts: "Counts") -> Iterator[Step]:
-    """The steps that were counted, now and then, until all is done; an error of the machine ends it at once."""
-    seen, waiting = 0, set(futures)
-    while waiting:
-        done, waiting = wait(waiting, timeout=SECONDS_BETWEEN_LOOKS, return_when=FIRST_COMPLETED)
-        total = counts.total()
-        yield Step(total - seen)
-        seen = total
-        for future in done:
-            error = future.exception()
-            if isinstance(error, OSError):
-                raise error
-
-
-class Counts:
-    """Steps taken by each task, and whether all are to stop, in a file that worker processes map into memory."""
-
-    def __init__(self, path: Path, size: int, create: bool = False):
-        self.path = path
-        self._steps = np.memmap(path, dtype=np.int64, mode="w+" if create else "r+", shape=(size + 1,))
-
-    def add(self, task: int, count: int) -> None:
-        self._steps[task] += count
-
-    def total(self) -> int:
-        return int(self._steps[:-1].sum())
-
-    def stop(self) -> None:
-        self._steps[-1] = 1
-
-    @property
-    def stopped(self) -> bool:
-        return bool(self._steps[-1])
-
-
-def _exhaust(work: Work[Task], task: Task, path: Path, number: int, size: int, num_threads: int, parent: int) -> Any:
-    """In a worker: do one task to its end, or until it is told to stop."""
-    torch.set_num_threads(num_threads)
-    counts, steps = Counts(path, size), work(task)
-    with no_signals(), contextlib.closing(steps):
-        while True:
-            try:
-                step = next(steps)
-            except StopIteration as end:
-                return end.value
-            counts.add(number, step.count)
-            if counts.stopped:
-                return None
-            if os.name == "posix" and os.getppid() != parent:
-                os._exit(1)  # nobody waits for it, and another run may have taken over

@@ -4,6 +4,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -15,15 +16,18 @@ import torch
 from torch import Tensor, nn
 
 from devinterp.engine.batches import Batches
+from devinterp.engine.cargo import Origin
 from devinterp.engine.checkpoint import Checkpoint, check_device, check_loss, check_model
+from devinterp.engine.dispatch import Site, device_type
 from devinterp.engine.placement import num_cores
 from devinterp.engine.selection import check_masks
 from devinterp.engine.settings import Paths, Settings, choice, settings_and_paths
 from devinterp.engine.tokens import Observable, Tokens, check_observables, check_tokens, warn_about_padding
+from devinterp.engine.workers import Workers, check_workers
 from devinterp.errors import InputTypeError, InputValueError, got
 from devinterp.samplers import SAMPLERS
 from devinterp.store.durable import told_of_the_disk
-from devinterp.store.folder import FINAL_STATE_BYTES
+from devinterp.store.folder import FINAL_STATE_BYTES, RunFolder
 from devinterp.store.identity import Source, identity
 from devinterp.store.runs import Stored, layout, plain, stored_run
 from devinterp.store.schema import Variable
@@ -45,6 +49,11 @@ class Inputs:
     observables: tuple[Observable, ...]
     on_diverged: str
     paths: Paths
+    workers: Workers
+    device: str | None
+    """as asked for, where workers of an executor are to find it"""
+    device_type: str
+    origin: Origin | None = None
 
     @classmethod
     def of(
@@ -59,10 +68,14 @@ class Inputs:
         loss_fn_id: str | None = None,
         on_diverged: str = "record",
         paths: Paths,
+        executor: Executor | None = None,
+        devices: Sequence[str] | None = None,
+        origin: Origin | None = None,
     ) -> "Inputs":
         choice("record", "raise")("on_diverged", on_diverged)
         check_model(model)
-        checked_device = check_device(model, device)
+        workers = check_workers(executor, devices, device, model)
+        checked_device = _device(model, device, workers)
         if loss_fn is not None and not callable(loss_fn):
             fix = "None takes the next-token cross-entropy."
             raise InputTypeError(got("loss_fn", loss_fn, "a function (model, input_ids) -> per-token loss", fix))
@@ -71,7 +84,12 @@ class Inputs:
         _warn_about_inputs(model, settings, tokens)
         source = Source.of(model, loss_fn, loss_fn_id)
         checkpoint = Checkpoint(model, loss_fn, checked_device, settings.train_mode)
-        return cls(model, checkpoint, source, settings, Batches.of(tokens, settings), seen, on_diverged, paths)
+        asked = None if device is None or workers.are_known else str(device)
+        device_type_there = checked_device.type if workers.are_known else device_type(workers, asked)
+        return cls(
+            model, checkpoint, source, settings, Batches.of(tokens, settings), seen, on_diverged, paths, workers, asked,
+            device_type_there, origin,
+        )  # fmt: skip
 
     @property
     def largest_id(self) -> int:
@@ -118,13 +136,20 @@ class Request:
             identity(
                 inputs.settings,
                 inputs.source,
-                inputs.checkpoint,
+                inputs.device_type,
                 inputs.checkpoint.digest_as_found,
                 self.masks,
                 inputs.batches,
                 inputs.observables,
             )
         )
+
+    @property
+    def site(self) -> Site:
+        """Where the run is planned and its chains go."""
+        inputs = self.inputs
+        folder = None if inputs.workers.are_known or self.path is None else RunFolder(self.path.absolute()).away
+        return Site(inputs.workers, inputs.checkpoint, inputs.origin, inputs.device, folder)
 
     def told_of_the_disk(self) -> AbstractContextManager[None]:
         """Errors of the disk, with what this run still needs."""
@@ -159,15 +184,25 @@ def request_of(
     loss_fn: Any = None,
     loss_fn_id: Any = None,
     on_diverged: str = "record",
+    executor: Any = None,
+    devices: Any = None,
+    origin: Origin | None = None,
     **settings: Any,
 ) -> Request:
-    """The arguments of `sample`, checked."""
+    """The arguments of `sample`, checked; `origin`, where workers can load the model from."""
     checked, paths = settings_and_paths(**settings)
     inputs = Inputs.of(
         model, dataset, observables, checked, device=device, loss_fn=loss_fn, loss_fn_id=loss_fn_id,
-        on_diverged=on_diverged, paths=paths,
+        on_diverged=on_diverged, paths=paths, executor=executor, devices=devices, origin=origin,
     )  # fmt: skip
     return Request.of(inputs, param_masks, output_path)
+
+
+def _device(model: nn.Module, asked: Any, workers: Workers) -> torch.device:
+    """Where the caller's own process has the model. Of an executor's workers: it is only looked at, where it is."""
+    if not workers.are_known:
+        return next((p.device for p in model.parameters()), torch.device("cpu"))
+    return check_device(model, workers.devices[0] if workers.devices else asked)
 
 
 def path_of_run(output_path: Any, name: str) -> Any:

@@ -1,29 +1,26 @@
 """A run, or a suite of runs that differ in their masks: plan, place the chains, open the stores."""
 
 import logging
-from collections.abc import Generator, Mapping, Sequence
-from concurrent.futures import BrokenExecutor
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import xarray as xr
 
 from devinterp.engine.chain import Plan
-from devinterp.engine.curvature import StepSize, choose_step_size, given_step_size
-from devinterp.engine.forward import Forward
-from devinterp.engine.metric import with_metric
-from devinterp.engine.placement import Placement, Step, decide, do, num_cores, threads
+from devinterp.engine.dispatch import Death, Step, do
+from devinterp.engine.placement import Placement, num_cores
 from devinterp.engine.progress import Progress
-from devinterp.engine.proof import find_forward, precision_error, steps_together
-from devinterp.engine.selection import Selection
 from devinterp.engine.stopping import Stop, stop_signals
 from devinterp.errors import ChainDiverged, ChainFailed
+from devinterp.slt.planning import Planned, Question, plan_all
 from devinterp.slt.requests import Request
+from devinterp.store.folder import RunFolder
 from devinterp.store.reader import metadata_of, open_store
 from devinterp.store.recording import Baseline, Chains, Failure, record
-from devinterp.store.runs import metadata_for, only_writer_of, open_writer
+from devinterp.store.runs import Stored, metadata_for, only_writer_of, open_writer
 from devinterp.store.schema import COMPLETE, DIVERGED, FAILED
 from devinterp.store.writer import StoreWriter
 
@@ -32,8 +29,7 @@ logger = logging.getLogger("devinterp")
 RUNS_TOGETHER = 8
 """Restrictions that step together at most: they share passes through frozen layers, each with vectors of its own in memory"""
 
-Forwards = dict[frozenset[str], Forward]
-"""Fast paths by the parameters that move, so that restrictions of the same parameters are proven once"""
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -79,7 +75,9 @@ def run_to_store(request: Request, bar: Progress) -> Path:
     if _is_complete(request, bar) and request.path is not None:
         return request.path
     with ExitStack() as held, stop_signals() as stop, request.told_of_the_disk():
-        made = prepare(request, {}, held, first=True)
+        (made,) = prepare([request], held, is_first=True)
+        if isinstance(made, Exception):
+            raise made
         if failures := _carry_out([made], None, bar, stop):
             raise _failed(failures[0])
         return made.store.path
@@ -89,78 +87,90 @@ def run_suite(requests: Mapping[str, Request], source: Path, bar: Progress) -> t
     """Runs with the model, data and step size of a run that has just been made, at `source`; what failed, and why."""
     paths: dict[str, Path] = {}
     failed: dict[str, str] = {}
-    prepared: dict[str, Run] = {}
-    forwards: Forwards = {}
-    failures: dict[int, Failure] = {}
+    left: dict[str, Request] = {}
     with ExitStack() as held, stop_signals() as stop:
         for name, request in requests.items():
             try:
                 if _is_complete(request, bar) and request.path is not None:
                     paths[name] = request.path
                 else:
-                    prepared[name] = prepare(request, forwards, held, first=False, num_runs=len(requests))
+                    left[name] = request
             except Exception as error:  # whatever it is, the other restrictions are not lost
-                failed[name] = f"{type(error).__name__}: {error}"
-        if prepared:
-            with next(iter(prepared.values())).request.told_of_the_disk():
-                failures = _carry_out(list(prepared.values()), source, bar, stop)
-    for number, (name, made) in enumerate(prepared.items()):
+                failed[name] = _told(error)
+        found = dict(zip(left, prepare(list(left.values()), held, is_first=False), strict=True))
+        failed |= {name: _told(error) for name, error in found.items() if isinstance(error, Exception)}
+        made = {name: one for name, one in found.items() if isinstance(one, Run)}
+        failures: dict[int, Failure] = {}
+        if made:
+            with next(iter(made.values())).request.told_of_the_disk():
+                failures = _carry_out(list(made.values()), source, bar, stop)
+    for number, (name, one) in enumerate(made.items()):
         if number in failures:
             failed[name] = failures[number].message
         else:
-            paths[name] = made.store.path
+            paths[name] = one.store.path
     for name, reason in failed.items():
         logger.warning("restriction %r failed: %s", name, reason)
     return {name: open_store(paths[name], ours=True) for name in requests if name in paths}, failed
 
 
-def prepare(request: Request, forwards: Forwards, held: ExitStack, *, first: bool, num_runs: int = 1) -> Run:
-    """Plan a run and make its store, or open it. `first=False` where the same model and data have just been seen.
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
 
-    From here until `held` is closed no other process writes the run.
+
+def prepare(requests: Sequence[Request], held: ExitStack, *, is_first: bool) -> list[Run | Exception]:
+    """Plan runs, and make their stores or open them; of one that cannot be, why.
+
+    `is_first=False` where the same model and data have just been seen. From here until `held` is closed no other process
+    writes the runs.
     """
-    inputs, settings, checkpoint = request.inputs, request.inputs.settings, request.inputs.checkpoint
-    with checkpoint.ready():
-        if first:
+    begun = [_tried(_begin, request, held, is_first, len(requests)) for request in requests]
+    questions = [each.question for each in begun if isinstance(each, _Begun)]
+    answers = iter(plan_all(questions, requests[0].site) if questions else [])
+    return [_tried(_opened, each, next(answers)) if isinstance(each, _Begun) else each for each in begun]
+
+
+def _tried(function: Callable[..., Found], *arguments: Any) -> Found | Exception:
+    try:
+        return function(*arguments)
+    except Exception as error:
+        return error
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """A run of which this process is the only writer."""
+
+    request: Request
+    folder: RunFolder | None
+    known: Stored | None
+    question: Question
+
+
+def _begin(request: Request, held: ExitStack, is_first: bool, num_runs: int) -> _Begun:
+    inputs = request.inputs
+    here = inputs.workers.are_known
+    if is_first and here:
+        with inputs.checkpoint.ready():
             inputs.probe(request.path)
-        folder = held.enter_context(only_writer_of(request.path))
-        known = request.stored()  # again: another process may have ended in the meantime
-        told: Mapping[str, Any] = {} if known is None else known.metadata
-        selection = Selection.of(checkpoint.parameters, request.masks)
-        moving = frozenset(piece.name for piece in selection.pieces)
-        if moving not in forwards:
-            forwards[moving] = find_forward(
-                checkpoint, selection, inputs.batches.micro(0, 0), reuse_prefix=inputs.paths.reuse_prefix,
-                compiled=inputs.paths.compile, precision=settings.precision,
-            )  # fmt: skip
-        plan = Plan(settings, settings.sampler(1.0), forwards[moving], selection, inputs.batches, inputs.observables)
-        placement = _placement(plan, inputs.paths.chains_together, told.get("computed"), num_runs)
-        with threads(placement.threads):  # of the chains: a run that is gone on with has the same metric
-            plan = with_metric(plan)
-        step_size = StepSize(**told["step_size"]) if told else _step_size(plan, measured=first)
-        plan = replace(plan, sampler=settings.sampler(step_size.lr))
-        plan, placement = _placed(plan, placement, is_new=not told)
-        metadata = metadata_for(settings, inputs.model, inputs.observables, request.fingerprint, checkpoint.device)
-        metadata |= {"step_size": asdict(step_size), "computed": asdict(placement) | plan.forward.described()}
-        if settings.precision is not None:
-            metadata["precision_error"] = precision_error(plan.forward, plan.observables, settings.batch_size)
-        store = open_writer(folder, plan, metadata, known, resume=inputs.paths.resume)
-        return Run(request, plan, store, placement)
+    folder = held.enter_context(only_writer_of(request.path))
+    known = request.stored()  # again: another process may have ended in the meantime
+    question = Question(
+        inputs.checkpoint, inputs.settings, inputs.paths, inputs.batches, inputs.observables, request.masks,
+        {} if known is None else known.metadata, is_first, num_runs, None if here else inputs.largest_id,
+    )  # fmt: skip
+    return _Begun(request, folder, known, question)
 
 
-def _placement(plan: Plan, asked: str, stored: Mapping[str, Any] | None, num_runs: int) -> Placement:
-    """Where the chains run; a store that is gone on with, as it began."""
-    return Placement(stored["way"], stored["threads"]) if stored else decide(asked, plan, num_runs)
-
-
-def _placed(plan: Plan, placement: Placement, is_new: bool) -> tuple[Plan, Placement]:
-    """One after another, where they cannot be in one vmap."""
-    if placement.way != "vmap":
-        return plan, placement
-    together = replace(plan, forward=replace(plan.forward, head=None))  # its gradients are made outside of autograd
-    if not is_new or steps_together(together):
-        return together, placement
-    return plan, replace(placement, way="sequential")
+def _opened(begun: _Begun, found: Planned | Exception) -> Run:
+    if isinstance(found, Exception):
+        raise found
+    request, inputs = begun.request, begun.request.inputs
+    plan = begun.question.plan(found)
+    metadata = metadata_for(inputs.settings, inputs.model, inputs.observables, request.fingerprint, inputs.device_type)
+    metadata |= found.described | {"step_size": asdict(found.step_size)}
+    store = open_writer(begun.folder, plan, metadata, begun.known, resume=inputs.paths.resume)
+    return Run(request, plan, store, found.placement)
 
 
 def _is_complete(request: Request, bar: Progress) -> bool:
@@ -173,12 +183,6 @@ def _is_complete(request: Request, bar: Progress) -> bool:
     logger.info("%r holds this very run, complete; nothing to compute", str(request.path))
     bar.skip(request.inputs.num_rows)
     return True
-
-
-def _step_size(plan: Plan, *, measured: bool) -> StepSize:
-    if plan.settings.lr == "auto":
-        return choose_step_size(plan)
-    return given_step_size(plan) if measured else StepSize(float(plan.settings.lr))
 
 
 def _carry_out(runs: Sequence[Run], source: Path | None, bar: Progress, stop: Stop) -> dict[int, Failure]:
@@ -195,7 +199,8 @@ def _carry_out(runs: Sequence[Run], source: Path | None, bar: Progress, stop: St
             if runs[i].needs_baseline
         ]
         tasks += _chain_tasks(runs, numbers, walkers, placement)
-        outcomes = _followed(do(record, [task for _, task in tasks], placement), runs, bar, stop)
+        steps = do(record, [task for _, task in tasks], placement, runs[numbers[0]].request.site)
+        outcomes = _followed(steps, runs, bar, stop)
         for (members, task), outcome in zip(tasks, outcomes, strict=True):
             failures |= _failures_of(runs, members, task, outcome)
     bar.skip(end - bar.done - bar.skipped)
@@ -230,15 +235,18 @@ def _chain_tasks(
     runs: Sequence[Run], numbers: Sequence[int], walkers: Sequence[list[tuple[int, ...]]], placement: Placement
 ) -> list[tuple[list[int], Chains]]:
     """Who steps together: where modules are frozen, as many as share them, spread evenly over the workers."""
-    workers = max(1, num_cores() // placement.threads) if placement.way == "processes" else 1
+    workers = runs[numbers[0]].request.inputs.workers
     shared = [i for i in numbers if runs[i].plan.forward.prefix is not None and walkers[i]]
     groups: list[tuple[list[int], list[list[tuple[int, ...]]]]] = []
-    if len(shared) == 1:  # of one run, its chains
-        (i,) = shared
-        groups += [([i], [walkers[i][worker::workers]]) for worker in range(min(workers, len(walkers[i])))]
-    elif shared:  # each layer costs something else: dealt out in turn
-        count = max(-(-len(shared) // RUNS_TOGETHER), min(workers, len(shared)))
-        groups += [(shared[number::count], [walkers[i] for i in shared[number::count]]) for number in range(count)]
+    if not workers.are_known:  # of no number that is known: one chain of a few runs each
+        for start in range(0, len(shared), RUNS_TOGETHER):
+            some = shared[start : start + RUNS_TOGETHER]
+            for k in range(max(len(walkers[i]) for i in some)):
+                members = [i for i in some if k < len(walkers[i])]
+                groups.append((members, [[walkers[i][k]] for i in members]))
+    else:
+        at_once = len(workers.devices) or (max(1, num_cores() // placement.threads) if placement.way == "processes" else 1)
+        groups += _spread(shared, walkers, at_once)
     groups += [([i], [[walker]]) for i in numbers if i not in shared for walker in walkers[i]]
     return [
         (
@@ -255,10 +263,24 @@ def _chain_tasks(
     ]  # fmt: skip
 
 
+def _spread(
+    shared: list[int], walkers: Sequence[list[tuple[int, ...]]], workers: int
+) -> list[tuple[list[int], list[list[tuple[int, ...]]]]]:
+    """Over a known number of workers: of one run, its chains; of several, whole runs."""
+    if len(shared) == 1:
+        (i,) = shared
+        return [([i], [walkers[i][worker::workers]]) for worker in range(min(workers, len(walkers[i])))]
+    if not shared:
+        return []
+    count = max(-(-len(shared) // RUNS_TOGETHER), min(workers, len(shared)))
+    # each layer costs something else: dealt out in turn
+    return [(shared[number::count], [walkers[i] for i in shared[number::count]]) for number in range(count)]
+
+
 def _failures_of(runs: Sequence[Run], members: Sequence[int], task: Baseline | Chains, outcome: Any) -> dict[int, Failure]:
-    if not isinstance(outcome, BrokenExecutor):
-        return {members[i]: failure for i, failure in outcome.items()}
-    reason = Failure(f"its worker process died, perhaps for lack of memory ({outcome})", "")
+    if not isinstance(outcome, Death):
+        return {members[i]: failure for i, failure in (outcome or {}).items()}
+    reason = Failure(f"its worker process died, perhaps for lack of memory ({outcome.reason})", "")
     if isinstance(task, Chains):
         for store, walkers in zip(task.stores, task.walkers, strict=True):
             for chain in (chain for chains in walkers for chain in chains):

@@ -1,7 +1,8 @@
 """`sample()`: check, plan, run the chains, open the store."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor
 from typing import Any
 
 import torch
@@ -53,6 +54,8 @@ def sample(
     reuse_prefix: bool = True,
     compile: bool = False,
     precision: str | None = None,
+    executor: Executor | None = None,
+    devices: Sequence[str] | None = None,
     resume: bool = True,
     checkpoint_every: float = 300.0,
     progress: bool = True,
@@ -119,6 +122,11 @@ def sample(
         compile: losses through `torch.compile`, which takes about a minute first.
         precision: "bf16" runs the observables' forward passes in bfloat16; what that does to their losses at the checkpoint
             is stored in the metadata as `precision_error`.
+        executor: hands the run to the workers of any `concurrent.futures.Executor`, for example `client.get_executor()` of a
+            Dask cluster (docs/clusters.md). They load the model themselves and write their own parts of the store, so they
+            need the file system of `output_path`.
+        devices: a worker process on each of these devices of this machine, e.g. ["cuda:0", "cuda:1"]; chains go to whichever
+            is free.
         resume: go on from the last commit; False starts chains that are not finished again.
         checkpoint_every: seconds between commits, the most that is lost to a crash; 0 commits every chunk that is whole.
         progress: show bars, or log lines without a terminal.
@@ -137,7 +145,7 @@ def sample(
     """
     request = request_of(
         model, dataset, observables, param_masks=param_masks, output_path=output_path, device=device, loss_fn=loss_fn,
-        loss_fn_id=loss_fn_id, on_diverged=on_diverged,
+        loss_fn_id=loss_fn_id, on_diverged=on_diverged, executor=executor, devices=devices,
         lr=lr, n_beta=n_beta, num_chains=num_chains, num_draws=num_draws, batch_size=batch_size,
         num_burnin_steps=num_burnin_steps, num_steps_bw_draws=num_steps_bw_draws,
         num_init_loss_batches=num_init_loss_batches, init_seed=init_seed, batches_per_draw=batches_per_draw,

@@ -3,6 +3,7 @@
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor
 from functools import partial
 from typing import Any
 
@@ -46,6 +47,8 @@ def susceptibilities(
     on_diverged: str = "raise",
     output_path: str | os.PathLike[str] | None = None,
     device: str | torch.device | None = None,
+    executor: Executor | None = None,
+    devices: Sequence[str] | None = None,
     progress: bool = True,
     **settings: Any,
 ) -> xr.DataTree:
@@ -56,7 +59,7 @@ def susceptibilities(
     step size is chosen on the whole model, where curvature is largest, and taken for every restriction.
 
     Args:
-        model, dataset, observables, lr, n_beta, loss_fn, loss_fn_id, device: as in `sample`.
+        model, dataset, observables, lr, n_beta, loss_fn, loss_fn_id, device, executor, devices: as in `sample`.
         weight_restrictions: name -> masks as `create_param_masks` returns them, None for the whole model, or a restriction
             such as "l0h1" or ["l0h1", "l0 mlp"]. Must hold "full".
         sampling_task: the observable whose mean loss is L: more sequences of the sampling data.
@@ -88,7 +91,10 @@ def susceptibilities(
     check_control(control, chosen)
     if chosen.num_chains * chosen.num_draws < 2:
         raise InputValueError(got("num_draws", chosen.num_draws, "at least 2 with one chain", "A covariance needs more."))
-    inputs = Inputs.of(model, dataset, observables, chosen, device=device, loss_fn=loss_fn, loss_fn_id=loss_fn_id, paths=paths)
+    inputs = Inputs.of(
+        model, dataset, observables, chosen, device=device, loss_fn=loss_fn, loss_fn_id=loss_fn_id, paths=paths,
+        executor=executor, devices=devices,
+    )  # fmt: skip
     requests = {
         name: Request.of(inputs, _masks(model, name, weight_restrictions[name]), path_of_run(output_path, name))
         for name in names

@@ -3,6 +3,7 @@
     lock, lease.json        one writer
     run.json                identity and metadata of the run, digests of what is written once
     making/                 a store that is being laid out
+    away/                   what workers of an executor are sent
     baseline/, chain-0000/  progress.json, and the state from which a chain goes on
 
 A record is written after what it speaks of, so whatever it lists is there, unless the disk or a person has changed it.
@@ -156,6 +157,10 @@ class RunFolder:
     def making(self) -> Path:
         return self.path / "making"
 
+    @property
+    def away(self) -> Path:
+        return self.path / "away"
+
     def part(self, name: str | int) -> Part:
         return Part(self.path / (name if isinstance(name, str) else f"chain-{name:04d}"), self.store)
 
@@ -247,7 +252,7 @@ class RunFolder:
         if os.name == "posix" and self.path.lstat().st_uid != os.geteuid():
             fix = f"{self.path.name!r} beside it is somebody else's. Nothing was changed; choose another output_path."
             raise InputValueError(got("output_path", str(self.store), "one whose own folder is yours", fix))
-        own = {"lock", "lease.json", "lease.json.partial", "run.json", "run.json.partial", "making", "baseline"}
+        own = {"lock", "lease.json", "lease.json.partial", "run.json", "run.json.partial", "making", "away", "baseline"}
         names = [entry.name for entry in self.path.iterdir()] if self.path.is_dir() and not self.path.is_symlink() else ["?"]
         if others := sorted(name for name in names if name not in own and not name.startswith("chain-")):
             fix = f"It holds {others[:3]}, which devinterp did not make. Nothing was changed; choose another output_path."
@@ -256,6 +261,7 @@ class RunFolder:
     def clear_litter(self) -> None:
         """Files that were begun and never put in their place. Only what this package names so, and only in its own folders."""
         shutil.rmtree(self.making, ignore_errors=True)
+        shutil.rmtree(self.away, ignore_errors=True)  # and with it, workers of a killed call end
         for litter in self.path.rglob("*.partial"):
             litter.unlink(missing_ok=True)
         if self.store.is_dir() and not self.store.is_symlink():

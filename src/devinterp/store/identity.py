@@ -12,7 +12,6 @@ import xxhash
 from torch import Tensor, nn
 
 from devinterp.engine.batches import Batches
-from devinterp.engine.checkpoint import Checkpoint
 from devinterp.engine.settings import Settings
 from devinterp.engine.tokens import Observable
 from devinterp.errors import InputTypeError, InputValueError, got, shown
@@ -82,7 +81,7 @@ def check_loss_fn_id(loss_fn: Any, loss_fn_id: Any) -> None:
 def identity(
     settings: Settings,
     source: Source,
-    checkpoint: Checkpoint,
+    device_type: str,
     digest: str,
     masks: Mapping[str, Tensor | None],
     batches: Batches,
@@ -102,7 +101,7 @@ def identity(
         "dataset": batches.tokens.digest,
         **{f"observable {observable.name}": observable.digest for observable in observables},
         "loss_fn": source.loss_fn,
-        "device type": checkpoint.device.type,
+        "device type": device_type,
     }
 
 

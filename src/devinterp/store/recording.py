@@ -9,7 +9,7 @@ from pathlib import Path
 
 from devinterp.engine.baseline import baseline_losses, init_loss, init_loss_of
 from devinterp.engine.chain import Plan, Snapshot, Walk, run_chains
-from devinterp.engine.placement import Step
+from devinterp.engine.dispatch import Step
 from devinterp.engine.prefix import Recorder
 from devinterp.errors import ChainDiverged
 from devinterp.store.commits import BaselineCommits, ChainCommits

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import xarray as xr
 from torch import nn
 
@@ -41,7 +40,7 @@ def plain(value: dict[str, Any]) -> dict[str, Any]:
 
 
 def metadata_for(
-    settings: Settings, model: nn.Module, observables: Sequence[Observable], fingerprint: dict[str, Any], device: torch.device
+    settings: Settings, model: nn.Module, observables: Sequence[Observable], fingerprint: dict[str, Any], device_type: str
 ) -> dict[str, Any]:
     """Enough to repeat the run; `config` has the form that devinterp 2.0 wrote."""
     return {
@@ -54,7 +53,7 @@ def metadata_for(
             "parameters": sum(p.numel() for p in model.parameters()),
             "dtypes": sorted({str(p.dtype) for p in model.parameters()}),
         },
-        "device": str(device.type),
+        "device": device_type,
         "identity": fingerprint,
         "versions": versions(),
     }
