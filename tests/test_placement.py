@@ -299,7 +299,9 @@ def test_a_store_is_gone_on_with_as_it_began(tmp_path, monkeypatch):
     from devinterp.slt import running
 
     placed = []
-    monkeypatch.setattr(running, "do", lambda work, tasks, where, site, do=running.do: placed.append(where) or do(work, tasks, where, site))
+    monkeypatch.setattr(
+        running, "do", lambda work, tasks, where, site, do=running.do: placed.append(where) or do(work, tasks, where, site)
+    )
     again = devinterp.sample(TinyLM(), data, {}, output_path=tmp_path / "run", chains_together="sequential", **SHORT)
     assert [where.way for where in placed] == ["vmap"]
     np.testing.assert_array_equal(first.sampling_loss, again.sampling_loss)

@@ -132,9 +132,10 @@ def _handed_out(work: Work[Task], tasks: Sequence[Task], placement: Placement, s
                     raise outcomes[i].error
             return [i for i in numbers if isinstance(outcomes[i], Death)]
 
-        # one death may take others with it that were under way: each of them is tried once more, alone
-        for i in (yield from attempt(range(len(tasks)))):
-            yield from attempt([i])
+        # a death can take others with it that were under way: of our processes all, so each is tried once more, alone
+        dead = yield from attempt(range(len(tasks)))
+        for again in [[i] for i in dead] if site.workers.are_known else [dead]:
+            yield from attempt(again)
     return outcomes
 
 
