@@ -82,14 +82,15 @@ class Skeleton:
     buffers: dict[str, TensorAt]
 
     def built(self, tensors: "Tensors") -> nn.Module:
+        model = copy.deepcopy(self.model)  # between threads nothing is pickled, and each needs its own
         tied: dict[int, nn.Parameter] = {}
         for name, (at, requires_grad) in self.parameters.items():
             if at.start not in tied:
                 tied[at.start] = nn.Parameter(tensors[at], requires_grad=requires_grad)
-            _put(self.model, name, tied[at.start])
+            _put(model, name, tied[at.start])
         for name, at in self.buffers.items():
-            _put(self.model, name, tensors[at])
-        return self.model
+            _put(model, name, tensors[at])
+        return model
 
 
 @dataclass(frozen=True)
