@@ -203,6 +203,13 @@ def test_another_checkpoint_than_the_callers_is_refused(tmp_path):
         message.opened("cpu")
 
 
+def test_a_worker_with_another_kind_of_device_is_refused(tmp_path):
+    with Sender(tmp_path, Checkpoint(TinyLM(), None, CPU), device_type="cuda") as sender:
+        message = sender.message(None)
+    with pytest.raises(devinterp.errors.DevinterpError, match="would compute on cpu, the run is one of 'cuda' devices"):
+        message.opened("cpu")
+
+
 def test_a_worker_that_does_not_see_the_files_says_so(tmp_path):
     with Sender(tmp_path, Checkpoint(TinyLM(), None, CPU)) as sender:
         message = sender.message(None)

@@ -103,6 +103,8 @@ class Message:
     train_mode: bool
     digest: str
     """of the checkpoint's weights and buffers"""
+    device_type: str
+    """noise of a CPU is not that of a GPU"""
     file: Path
 
     def opened(self, device: str | torch.device | None) -> tuple[Any, Checkpoint]:
@@ -110,11 +112,16 @@ class Message:
 
         Raises:
             StorageError: the file cannot be seen from here.
-            DevinterpError: the checkpoint loaded here is another one.
+            DevinterpError: the device, or the checkpoint loaded here, is another one.
         """
+        there = check_device(nn.Module(), device)
+        if there.type != self.device_type:
+            raise DevinterpError(
+                f"the worker on {platform.node()!r} would compute on {there}, the run is one of {self.device_type!r} devices. "
+                "Workers of a run must have devices of one kind; or name it: device='cpu'."
+            )
         tensors = Tensors(self.file)
         model = self.model.built(tensors) if isinstance(self.model, Skeleton) else self.model.load()
-        there = check_device(model, device)
         checkpoint = Checkpoint(model.to(there), self.loss_fn, there, self.train_mode)
         if checkpoint.digest_as_found != self.digest:
             raise DevinterpError(
@@ -159,8 +166,9 @@ class Tensors:
 class Sender:
     """Writes the file while messages are made around one checkpoint."""
 
-    def __init__(self, folder: Path, checkpoint: Checkpoint, origin: Origin | None = None):
+    def __init__(self, folder: Path, checkpoint: Checkpoint, origin: Origin | None = None, device_type: str | None = None):
         self.folder, self.checkpoint, self.origin = folder, checkpoint, origin
+        self.device_type = device_type or checkpoint.device.type
         self.file = folder / "tensors"
         self._names = {module: name for name, module in checkpoint.model.named_modules()}
         self._known: dict[int, tuple[TensorAt, Any]] = {}
@@ -183,6 +191,7 @@ class Sender:
             checkpoint.loss_fn,
             checkpoint.train_mode,
             checkpoint.digest_as_found,
+            self.device_type,
             self.file,
         )
 

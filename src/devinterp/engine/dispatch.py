@@ -64,6 +64,7 @@ class Site:
     origin: Origin | None = None
     device: str | None = None
     """that was asked for; of an executor's workers"""
+    device_type: str | None = None
     folder: Path | None = None
     """that workers see too; None = temporary, on this machine"""
 
@@ -78,6 +79,9 @@ class Site:
         if parent is not None:
             with contextlib.suppress(OSError):
                 parent.rmdir()
+
+    def sender(self, folder: Path) -> Sender:
+        return Sender(folder, self.checkpoint, self.origin, self.device_type)
 
 
 def do(work: Work[Task], tasks: Sequence[Task], placement: Placement, site: Site) -> Generator[Step, None, list[Any]]:
@@ -114,7 +118,7 @@ def _handed_out(work: Work[Task], tasks: Sequence[Task], placement: Placement, s
     count = min(len(tasks), max(1, num_cores() // placement.threads))
     with site.meeting_place() as folder:
         board = Board(folder / "board", len(tasks))
-        with Sender(folder, site.checkpoint, site.origin) as sender:
+        with site.sender(folder) as sender:
             messages = [sender.message(task) for task in tasks]
 
         def attempt(numbers: Sequence[int]) -> Generator[Step, None, list[int]]:
@@ -147,7 +151,7 @@ def elsewhere(function: Callable[[Any], Any], content: Any, site: Site) -> Any:
     """
     executor = site.workers.make(1)
     with site.meeting_place() as folder:
-        with Sender(folder, site.checkpoint, site.origin) as sender:
+        with site.sender(folder) as sender:
             message = sender.message(content)
         future = _submit(executor, partial(_answered, function, message, folder / "answer", torch.get_num_threads()), site)
         outcome = _outcome(future)

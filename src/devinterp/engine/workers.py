@@ -73,7 +73,11 @@ def check_workers(executor: Any, devices: Any, device: Any, model: nn.Module) ->
     if multiprocessing.current_process().daemon:
         fix = "A daemonic process may start no workers."
         raise InputValueError(got("devices", devices, "None in a worker of multiprocessing.Pool", fix))
-    return Workers(devices=tuple(str(_one(model, each)) for each in devices))
+    checked = [_one(model, each) for each in devices]
+    if len({each.type for each in checked}) > 1:
+        fix = "Noise of a CPU is not that of a GPU: chains would depend on where they run."
+        raise InputValueError(got("devices", devices, "devices of one kind", fix))
+    return Workers(devices=tuple(map(str, checked)))
 
 
 def _one(model: nn.Module, device: Any) -> torch.device:

@@ -124,7 +124,7 @@ class Request:
         masks = check_masks(inputs.model, param_masks)
         _check_memory(inputs, masks)
         request = cls(inputs, masks, path)
-        check_space(path, *request.layout(), extra=state_bytes(inputs, masks))
+        check_space(path, *request.layout(), extra=state_bytes(inputs, masks) + sent_bytes(inputs))
         if path is not None:
             inputs.source.warn_if_never_reused()
         return request
@@ -149,7 +149,7 @@ class Request:
         """Where the run is planned and its chains go."""
         inputs = self.inputs
         folder = None if inputs.workers.are_known or self.path is None else RunFolder(self.path.absolute()).away
-        return Site(inputs.workers, inputs.checkpoint, inputs.origin, inputs.device, folder)
+        return Site(inputs.workers, inputs.checkpoint, inputs.origin, inputs.device, inputs.device_type, folder)
 
     def told_of_the_disk(self) -> AbstractContextManager[None]:
         """Errors of the disk, with what this run still needs."""
@@ -171,6 +171,13 @@ def state_bytes(inputs: Inputs, masks: Mapping[str, Tensor | None]) -> int:
     moving = sum(parameters[name].numel() if mask is None else int(mask.sum()) for name, mask in masks.items())
     each, chains = 2 * 4 * moving, inputs.settings.num_chains
     return 2 * each * min(chains, num_cores()) + min(each, FINAL_STATE_BYTES) * chains
+
+
+def sent_bytes(inputs: Inputs) -> int:
+    """Of the model, as workers of an executor are to read it."""
+    if inputs.workers.are_known or inputs.origin is not None:
+        return 0
+    return sum(p.numel() * p.element_size() for p in inputs.checkpoint.parameters.values())
 
 
 def request_of(
