@@ -243,16 +243,20 @@ def test_the_last_who_takes_a_task_has_it(tmp_path):
 
 
 def _killed_run(client, path: Path, kills: int, seed: int, arguments) -> int:
-    """Kills workers at random moments while a run goes on; returns how many."""
-    rng, done, killed = np.random.default_rng(seed), threading.Event(), []
+    """Kills workers at random moments while chains are under way; returns how many."""
+    rng, done, killed, log = np.random.default_rng(seed), threading.Event(), [], arguments["model"].log
 
     def kill():
-        while len(killed) < kills and not done.wait(rng.uniform(0.5, 3.0)):
+        seen = log.stat().st_size
+        while len(killed) < kills and not done.wait(rng.uniform(0.1, 1.0)):
+            if log.stat().st_size < seen + 400:  # the last has only just been replaced
+                continue
             try:
                 os.kill(int(rng.choice(list(client.run(os.getpid).values()))), signal.SIGKILL)
                 killed.append(time.monotonic())
             except Exception:  # between a death and the next worker there may be none
                 continue
+            seen = log.stat().st_size
 
     killer = threading.Thread(target=kill)
     killer.start()
