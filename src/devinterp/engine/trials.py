@@ -43,7 +43,10 @@ def find_objective(checkpoint: Checkpoint, rows: Rows, count: int, observables: 
 
 def _of_loss_fn(checkpoint: Checkpoint, rows: Rows, tried: Batch) -> Objective:
     """One loss for each row, or one for each position; of tokens or labels where there are as many, or one fewer."""
-    with explained("loss_fn", f"A batch is {described(tried)}. Run it once by hand on the first rows of the dataset."):
+    fix = f"A batch is {described(tried)}. Run it once by hand on the first rows of the dataset."
+    if "input_ids" in rows.columns:
+        fix += " To get input_ids alone, leave the other columns out: dataset.select_columns(['input_ids'])."
+    with explained("loss_fn", fix):
         losses = checkpoint.raw_losses(tried)
     if not isinstance(losses, Tensor) or losses.dim() not in (1, 2) or len(losses) != len(tried) or not losses.numel():
         shown = f"losses of shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
