@@ -19,6 +19,7 @@ KEPT_IN_MEMORY = 256 * 2**20
 """Datasets up to this many bytes are held as tensors; larger ones are read row by row"""
 
 SCANNED_AT_ONCE = 10_000
+LONGEST_NAME = 64
 
 
 @dataclass(frozen=True)
@@ -155,6 +156,10 @@ def check_rows(argument: str, dataset: Any, at_least: int, has_loss_fn: bool = F
         raise InputValueError(got(argument, f"{len(source)} {what}", f"at least {at_least} {what}", fix))
     if not source.names:
         raise InputValueError(got(argument, "data without columns", "at least one column of numbers", "Try (x, y)."))
+    for name in source.names:
+        if not name.strip() or not name.isprintable() or len(name) > LONGEST_NAME:
+            allowed = f"a name of 1 to {LONGEST_NAME} printable characters"
+            raise InputValueError(got(f"{argument} column", name, allowed, "Rename it, for example to 'x'."))
     columns = {name: _column(argument, source, name, has_loss_fn) for name in source.names}
     if "input_ids" in columns:
         _check_beside_tokens(argument, columns)
