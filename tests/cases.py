@@ -9,13 +9,16 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 
+from devinterp.engine.batch import Batch
 from devinterp.engine.batches import Batches
 from devinterp.engine.chain import Plan, Walker
 from devinterp.engine.checkpoint import Checkpoint
 from devinterp.engine.forward import Forward
+from devinterp.engine.observables import check_observables
+from devinterp.engine.rows import check_rows
 from devinterp.engine.selection import Selection, check_masks
 from devinterp.engine.settings import Settings
-from devinterp.engine.tokens import check_observables, check_tokens
+from devinterp.engine.trials import find_objective
 
 GOOD = {"lr": 1e-3, "n_beta": 10.0, "localization": 1.0, "num_chains": 2, "num_draws": 2, "batch_size": 4,
         "num_init_loss_batches": 1, "progress": False}  # fmt: skip
@@ -113,17 +116,26 @@ def random_tokens(count: int = 64, length: int = 6, vocabulary: int = 11, seed: 
     return Dataset.from_dict({"input_ids": ids.tolist()})
 
 
+def batch_of(ids: Any) -> Batch:
+    """Token sequences as they go through a model."""
+    ids = torch.as_tensor(ids)
+    return Batch({"input_ids": ids}, derived={"targets": ids[:, 1:]})
+
+
 def plan_of(
     model: nn.Module, dataset: Dataset, loss_fn: Any = None, masks: Any = None, observables: Any = None, **settings: Any
 ) -> Plan:
     """A plan as `sample` makes it, without a store."""
     chosen = Settings(**({"lr": 1e-3, "n_beta": 1.5, "batch_size": 1} | settings))
-    tokens = check_tokens("dataset", dataset, chosen.batch_size)
-    seen = check_observables(observables or {}, tokens.length, chosen.batch_size, chosen.batches_per_draw, chosen.obs_seed)
+    own = loss_fn is not None
+    data = check_rows("dataset", dataset, chosen.batch_size, has_loss_fn=own)
+    seen = check_observables(observables or {}, data, chosen.batch_size, chosen.batches_per_draw, chosen.obs_seed, own)
     checkpoint = Checkpoint(model, loss_fn, torch.device("cpu"), chosen.train_mode)
+    objective = find_objective(checkpoint, data, chosen.batch_size, seen)
     selection = Selection.of(checkpoint.parameters, check_masks(model, masks))
     sampler = chosen.sampler(1.0 if chosen.lr == "auto" else float(chosen.lr))
-    return Plan(chosen, sampler, Forward(checkpoint), selection, Batches.of(tokens, chosen), seen)
+    batches = Batches.of(data, objective, chosen)
+    return Plan(chosen, sampler, Forward(checkpoint), selection, batches, tuple(map(objective.observed, seen)))
 
 
 def autoregressive(rng: np.random.Generator, rho: float, *shape: int) -> np.ndarray:

@@ -51,7 +51,7 @@ def test_sampling_loss_is_on_the_next_steps_batch_and_the_baseline_on_the_same(s
     samples = devinterp.sample(model, data, {}, loss_fn=row_number, **settings, **(QUIET | {"num_chains": 2}))
     plan = plan_of(model, data, row_number, **settings)
     expected = [
-        [np.concatenate([ids[:, 0] for ids in plan.batches.step(chain, 3 + (d + 1) * 2)]) for d in range(5)]
+        [np.concatenate([part.given[:, 0] for part in plan.batches.step(chain, 3 + (d + 1) * 2)]) for d in range(5)]
         for chain in range(2)
     ]
     np.testing.assert_array_equal(samples.sampling_loss[..., 0], expected)
@@ -59,19 +59,19 @@ def test_sampling_loss_is_on_the_next_steps_batch_and_the_baseline_on_the_same(s
     assert ((samples.sampling_loss - samples.baseline_loss) == 0).all()
     same = np.array_equal(samples.sampling_loss[0], samples.sampling_loss[1])
     assert same is shared
-    first = [np.concatenate([ids[:, 0] for ids in plan.batches.step(chain, 0)]).mean() for chain in range(2)]
+    first = [np.concatenate([part.given[:, 0] for part in plan.batches.step(chain, 0)]).mean() for chain in range(2)]
     np.testing.assert_allclose(samples.init_loss[:, 0], first)
 
 
 def test_batches_visit_every_row_once_an_epoch_and_drop_the_last_incomplete_one():
     plan = plan_of(Weights(torch.zeros(1)), rows(10), row_number, batch_size=3)
-    seen = [plan.batches.micro(0, k)[:, 0].tolist() for k in range(9)]
+    seen = [plan.batches.micro(0, k).given[:, 0].tolist() for k in range(9)]
     for epoch in range(3):
         rows_seen = [row for batch in seen[3 * epoch : 3 * epoch + 3] for row in batch]
         assert len(set(rows_seen)) == 9
     assert seen[:3] != seen[3:6], "epochs are reshuffled"
     unshuffled = plan_of(Weights(torch.zeros(1)), rows(10), row_number, batch_size=3, shuffle=False)
-    assert [unshuffled.batches.micro(0, k)[:, 0].tolist() for k in (0, 2, 3)] == [[0, 1, 2], [6, 7, 8], [0, 1, 2]]
+    assert [unshuffled.batches.micro(0, k).given[:, 0].tolist() for k in (0, 2, 3)] == [[0, 1, 2], [6, 7, 8], [0, 1, 2]]
 
 
 def test_accumulation_of_2_times_4_equals_a_batch_of_8(tiny, tokens):
@@ -108,7 +108,7 @@ def test_a_chain_against_a_slow_obvious_loop(tiny, tokens):
     model = TinyLM()
     start = [p.detach().clone() for p in model.parameters()]
     for snapshot in snapshots[:-1]:
-        ids = torch.as_tensor(np.concatenate(plan.batches.step(1, snapshot.steps_taken)))
+        ids = torch.cat([part.given for part in plan.batches.step(1, snapshot.steps_taken)])
         logits = model(ids)[:, :-1]
         losses = torch.nn.functional.cross_entropy(logits.permute(0, 2, 1), ids[:, 1:], reduction="none")
         torch.testing.assert_close(snapshot.losses, losses.detach(), rtol=1e-5, atol=1e-5)
@@ -193,10 +193,13 @@ def test_observables_use_fixed_rows_and_their_own_number_of_batches(tiny, tokens
 
 def test_rows_of_observables_are_those_of_devinterp_2_0():
     """2.0.1 took random.Random(obs_seed).sample: stores of both can be compared row by row."""
-    from devinterp.engine.tokens import check_observables
+    from devinterp.engine.observables import check_observables
+    from devinterp.engine.rows import check_rows
 
-    (seen,) = check_observables({"x": rows(20)}, 2, batch_size=2, batches_per_draw=3, seed=1337)
-    assert seen.ids[:, 0].tolist() == [19, 17, 11, 5, 10, 6]
+    (seen,) = check_observables(
+        {"x": rows(20)}, check_rows("dataset", rows(20), 1), batch_size=2, batches_per_draw=3, seed=1337
+    )
+    assert seen.batch.given[:, 0].tolist() == [19, 17, 11, 5, 10, 6]
 
 
 @pytest.mark.parametrize("form", ["list", "numpy", "torch"])
@@ -204,14 +207,14 @@ def test_datasets_of_every_format_give_the_same_tokens(form):
     data = Dataset.from_dict({"input_ids": [[1, 2, 3], [4, 5, 6]], "text": ["a", "b"]})
     data = data if form == "list" else data.with_format(form)
     plan = plan_of(TinyLM(), data, shuffle=False, batch_size=2)
-    assert plan.batches.micro(0, 0).tolist() == [[1, 2, 3], [4, 5, 6]]
+    assert plan.batches.micro(0, 0).given.tolist() == [[1, 2, 3], [4, 5, 6]]
 
 
 def test_large_datasets_are_read_row_by_row(monkeypatch):
-    monkeypatch.setattr("devinterp.engine.tokens.KEPT_IN_MEMORY", 0)
+    monkeypatch.setattr("devinterp.engine.rows.KEPT_IN_MEMORY", 0)
     data = random_tokens(30).select(range(5, 25)).shuffle(seed=1)
     plan = plan_of(TinyLM(), data, shuffle=False, batch_size=4)
-    assert plan.batches.micro(0, 1).tolist() == data[4:8]["input_ids"]
+    assert plan.batches.micro(0, 1).given.tolist() == data[4:8]["input_ids"]
 
 
 def test_draw_at_and_steps_before_draw_are_inverse():

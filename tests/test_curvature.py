@@ -28,7 +28,7 @@ def test_hessian_vector_product_against_the_dense_hessian():
         bias, matrix = flat[mask.sum() :], model.mix.weight.detach().clone()
         matrix = matrix.index_put(torch.where(mask), flat[: mask.sum()])
         total = 0.0
-        for ids in map(torch.as_tensor, batches):
+        for ids in (batch.given for batch in batches):
             logits = torch.func.functional_call(model, {"mix.weight": matrix, "out.bias": bias}, (ids,))[:, :-1]
             total = total + torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:]) / 2
         return total

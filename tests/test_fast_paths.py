@@ -5,7 +5,7 @@ import logging
 import numpy as np
 import pytest
 import torch
-from cases import TinyLM, plan_of, random_tokens
+from cases import TinyLM, batch_of, plan_of, random_tokens
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from zoo import tiny_model, tiny_tokens
@@ -39,7 +39,9 @@ def forward_of(model: nn.Module, masks=None, ids=None, **options) -> Forward:
     checkpoint = checkpoint_of(model)
     selection = Selection.of(checkpoint.parameters, check_masks(model, masks))
     ids = tiny_tokens(4).numpy() if ids is None else ids
-    return find_forward(checkpoint, selection, ids, **({"reuse_prefix": True, "compiled": False, "precision": None} | options))
+    return find_forward(
+        checkpoint, selection, batch_of(ids), **({"reuse_prefix": True, "compiled": False, "precision": None} | options)
+    )
 
 
 @pytest.fixture
@@ -97,8 +99,8 @@ def test_the_output_embedding_is_found_with_what_the_model_does_to_logits(model_
     ids = tiny_tokens(3, seed=1)
     plain = Forward(forward.checkpoint)
     for model in (forward, plain):
-        assert model.losses({}, ids, {}).shape == (3, ids.shape[1] - 1)
-    torch.testing.assert_close(forward.losses({}, ids, {}), plain.losses({}, ids, {}), rtol=2e-5, atol=2e-5)
+        assert model.losses({}, batch_of(ids), {}).shape == (3, ids.shape[1] - 1)
+    torch.testing.assert_close(forward.losses({}, batch_of(ids), {}), plain.losses({}, batch_of(ids), {}), rtol=2e-5, atol=2e-5)
 
 
 def test_an_output_that_is_no_scaled_or_capped_matrix_keeps_the_plain_path(any_vocabulary, caplog):
@@ -112,7 +114,7 @@ def test_an_output_that_is_no_scaled_or_capped_matrix_keeps_the_plain_path(any_v
             return logits - logits.mean(-1, keepdim=True).square()
 
     for model in (Odd(), Mixed()):
-        assert find_head(checkpoint_of(model), torch.zeros(1, 5, dtype=torch.long)) is None
+        assert find_head(checkpoint_of(model), batch_of(torch.zeros(1, 5, dtype=torch.long))) is None
         assert forward_of(model, ids=np.zeros((4, 5), dtype=np.int64)).head is None
 
 
@@ -137,7 +139,7 @@ def test_half_precision_with_a_head(any_vocabulary):
     assert forward.head is not None
     ids = tiny_tokens(3)
     torch.testing.assert_close(
-        forward.losses({}, ids, {}), Forward(forward.checkpoint).losses({}, ids, {}), rtol=0.02, atol=0.02
+        forward.losses({}, batch_of(ids), {}), Forward(forward.checkpoint).losses({}, batch_of(ids), {}), rtol=0.02, atol=0.02
     )
 
 
@@ -180,7 +182,7 @@ def test_a_weight_that_is_read_past_its_module_is_found_by_the_proof(caplog):
             return self.out(torch.tanh(self.inner[0](hidden)))
 
     model, ids = Past(), random_tokens(4).with_format("numpy")["input_ids"][:]
-    assert find_prefix(checkpoint_of(model), ["mix.weight"], torch.as_tensor(ids)) is None
+    assert find_prefix(checkpoint_of(model), ["mix.weight"], batch_of(ids)) is None
     nested = nn.Sequential(model)
     with caplog.at_level(logging.INFO, "devinterp"):
         assert forward_of(nested, {"0.mix.weight": None}, ids).prefix is None
@@ -320,7 +322,7 @@ def test_a_step_waits_for_nothing_between_two_draws(monkeypatch, any_vocabulary)
     steps = run_chains(Walk(plan, [0]))
     next(steps)
     with CountsWaits() as models_own, torch.no_grad():
-        plan.forward.losses({}, tiny_tokens(4), {})
+        plan.forward.losses({}, batch_of(tiny_tokens(4)), {})
     looks = []
 
     def counting(look):

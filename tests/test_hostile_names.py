@@ -12,7 +12,7 @@ from forged import DATA, HOSTILE, OBSERVABLES, SHORT, contents, edit, finished, 
 import devinterp
 from devinterp.cli.printing import print_settings
 from devinterp.engine.discovery.restrict import GRAMMAR
-from devinterp.engine.tokens import stored_name
+from devinterp.engine.observables import stored_name
 from devinterp.errors import DevinterpError, DevinterpInputError, InputValueError, StoreError
 from devinterp.slt.requests import path_of_run
 from devinterp.store import matrices, writer

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from devinterp.engine.checkpoint import Checkpoint, LossFn, check_device
+from devinterp.engine.observables import Observable
+from devinterp.engine.rows import Rows
 from devinterp.engine.selection import Selection
 from devinterp.errors import DevinterpError, StorageError
 
@@ -220,7 +222,7 @@ class Sender:
             {name: self._tensor(b.detach(), b) for name, b in buffers.items()},
         )
 
-    def stripped(self, thing: Any) -> Any:
+    def stripped(self, thing: Any, is_data: bool = False) -> Any:
         """With marks in place of everything that is the model's or large."""
         if isinstance(thing, Checkpoint):
             return CheckpointAt()
@@ -229,17 +231,19 @@ class Sender:
         if isinstance(thing, Selection):
             return SelectionAt({piece.name: self.stripped(piece.index) for piece in thing.pieces})
         if isinstance(thing, Tensor):
-            return self._tensor(thing, thing)
+            return self._tensor(thing, thing, follows=not is_data)
         if isinstance(thing, np.ndarray) and thing.nbytes > SMALL and thing.dtype.kind in "iufb":
             return self._tensor(torch.from_numpy(np.ascontiguousarray(thing)), thing, is_array=True)
         if type(thing).__module__.partition(".")[0] == "datasets" and hasattr(thing, "save_to_disk"):
             return self._dataset(thing)
-        return _walked(thing, self.stripped)
+        # data stays where it is until a batch of it is placed
+        is_data = is_data or isinstance(thing, Rows | Observable)
+        return _walked(thing, lambda part: self.stripped(part, is_data))
 
-    def _tensor(self, tensor: Tensor, owner: Any, is_array: bool = False) -> TensorAt:
+    def _tensor(self, tensor: Tensor, owner: Any, is_array: bool = False, follows: bool = True) -> TensorAt:
         if id(owner) not in self._known:
             content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-            follows = tensor.device == self.checkpoint.device
+            follows = follows and tensor.device == self.checkpoint.device
             start = self._write(content.data)
             self._known[id(owner)] = TensorAt(start, tensor.dtype, tuple(tensor.shape), follows, is_array), owner
         return self._known[id(owner)][0]

@@ -12,16 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from devinterp.engine.batch import Batch, joined_counted, marked, mean_loss
 from devinterp.engine.batches import Batches
 from devinterp.engine.checkpoint import Checkpoint
 from devinterp.engine.forward import Forward
 from devinterp.engine.metrics import Sums
+from devinterp.engine.observables import Observable
 from devinterp.engine.posterior import Posterior
 from devinterp.engine.prefix import Recorder
 from devinterp.engine.seeds import noise_generator
 from devinterp.engine.selection import Block, Selection
 from devinterp.engine.settings import Settings
-from devinterp.engine.tokens import Observable
 from devinterp.samplers import Sampler
 
 BLOCK = {"cpu": 2**16}
@@ -61,10 +62,12 @@ class Snapshot:
     chain: int
     steps_taken: int
     losses: Tensor
-    """per-token losses on the next step's batch, shape (batch, token_pos)"""
+    """on the next step's batch, shape (batch, token_pos); NaN where none counts"""
+    mean_loss: Tensor
+    """of those that count"""
     draw: int | None
     observables: dict[str, Tensor]
-    """at draws: per-token losses, shape (batch_{obs}, token_pos)"""
+    """at draws: losses of shape (batch_{obs}, token_pos); NaN where none counts"""
     metrics: dict[str, Tensor] | None
     """of the step that follows"""
 
@@ -106,9 +109,11 @@ def run_chains(walk: Walk) -> Iterator[list[Snapshot | Diverged]]:
         metrics = None if last or not watch.alive else walker.step()
         for i, chain in enumerate(walk.chains):
             if chain in watch.alive:
-                observed = {name: values[i] for name, values in observables.items()}
+                observed = {name: marked(values[i], walker.observed_counted[name]) for name, values in observables.items()}
                 told = None if metrics is None else {name: values[i] for name, values in metrics.items()}
-                seen.append(Snapshot(chain, t, losses[i], draw, observed, told))
+                counted = walker.counted_of(i)
+                own = marked(losses[i], counted), mean_loss(losses[i], counted)
+                seen.append(Snapshot(chain, t, *own, draw, observed, told))
         walk.steps_taken = t + 1
         yield seen
         if not watch.alive:
@@ -165,6 +170,9 @@ class Walker:
         alone = len(chains) == 1
         self.leaves = selection.leaves(self._vector(self.weights), self._vector(self.gradient) if alone else None)
         self.buffers = plan.checkpoint.buffers()
+        self.counted: Tensor | None = None
+        """of the last step's batch, ([chain,] batch, token_pos); None = all losses count"""
+        self.observed_counted = {observable.name: self._placed(observable.batch.counted) for observable in plan.observables}
         self._noise = self.weights.new_empty(len(chains), min(selection.size, max(b.length for b in self.blocks)))
         if settings.init_noise:
             start = self._generators("init_noise")
@@ -173,6 +181,9 @@ class Walker:
         self.kept: dict[str, Tensor] = {}
         """the tensors of the sampler's state, by name: vectors of which each block's are views"""
         self.states: list[Any] = [self._begun(block) for block in self.blocks]
+
+    def _placed(self, counted: Tensor | None) -> Tensor | None:
+        return None if counted is None else counted.to(self.plan.selection.device)
 
     def _begun(self, block: Block) -> Any:
         """The sampler's first state of a block."""
@@ -199,16 +210,30 @@ class Walker:
         return noise
 
     def differentiate(self, t: int) -> Tensor:
-        """Losses on the batch of step t, shape (chain, batch, token_pos), and the gradient of their mean over micro-batches."""
-        count = self.plan.settings.gradient_accumulation_steps
+        """Losses on the batch of step t, shape (chain, batch, token_pos), 0 where none counts; and the gradient of their mean.
+
+        The mean is over all losses of the step's micro-batches that count.
+        """
+        batches = [self._batch(t, j) for j in range(self.plan.settings.gradient_accumulation_steps)]
+        self.counted = joined_counted(batches)
         self.gradient.zero_()
         losses = []
-        for j in range(count):
-            per_token = self._on_batch(t, j)
+        for j, batch in enumerate(batches):
+            per_token = self._on_batch(batch, t, j)
             # chains have no weights in common, so the gradient of the sum of their losses is each one's own
-            self._add_gradient(per_token.sum() / (per_token[0].numel() * count))
+            self._add_gradient(self._share_of_mean(per_token, len(batches)))
             losses.append(per_token.detach())
         return torch.cat(losses, 1)
+
+    def _share_of_mean(self, losses: Tensor, count: int) -> Tensor:
+        """What these losses (chain, batch, token_pos) of one of `count` micro-batches add to the means, over the chains."""
+        if self.counted is None:
+            return losses.sum() / (losses[0].numel() * count)
+        return (losses.sum((1, 2)) / self.counted.sum((-2, -1))).sum()
+
+    def counted_of(self, i: int) -> Tensor | None:
+        """Which losses of the last step's batch count for the i-th chain, shape (batch, token_pos); None = all."""
+        return self.counted[i] if self.counted is not None and self.counted.dim() == 3 else self.counted
 
     def _add_gradient(self, loss: Tensor) -> None:
         if len(self.chains) == 1:  # in place, while the pass goes on: the leaf's .grad is a view of self.gradient
@@ -219,39 +244,48 @@ class Walker:
             if gradient is not None:
                 piece.shaped(self.gradient).add_(gradient)
 
-    def _on_batch(self, t: int, micro: int) -> Tensor:
-        batches, forward = self.plan.batches, self.plan.forward
+    def _batch(self, t: int, micro: int) -> Batch:
+        """A micro-batch on the device; of chains that do not share them, theirs stacked: (chain, batch, ...)."""
+        batches, placed = self.plan.batches, self.plan.checkpoint.placed
         number = t * self.plan.settings.gradient_accumulation_steps + micro
-        seed = dropout_seed(self.plan, self.chains[0], t, micro)
-        if batches.shared or len(self.chains) == 1:
-            ids = forward.checkpoint.ids(batches.micro(self.chains[0], number))
-            key = batches.stream(self.chains[0]), number
-            recorded = None if self.recorder is None else self.recorder.on_batch(key, ids)
-            return self._each(lambda moved: forward.losses(moved, ids, self.buffers, seed, recorded))
-        stacked = torch.stack([forward.checkpoint.ids(batches.micro(chain, number)) for chain in self.chains])
-        return self._each(lambda moved, ids: forward.losses(moved, ids, self.buffers, seed), stacked)
+        if self._shares:
+            return placed(batches.micro(self.chains[0], number))
+        return Batch.join([placed(batches.micro(chain, number)) for chain in self.chains], torch.stack)
 
-    def _each(self, losses: Callable[..., Tensor], *stacked: Tensor) -> Tensor:
+    @property
+    def _shares(self) -> bool:
+        return self.plan.batches.shared or len(self.chains) == 1
+
+    def _on_batch(self, batch: Batch, t: int, micro: int) -> Tensor:
+        batches, forward = self.plan.batches, self.plan.forward
+        seed = dropout_seed(self.plan, self.chains[0], t, micro)
+        if not self._shares:
+            return self._each(lambda moved, part: forward.losses(moved, batch.holding(part), self.buffers, seed), batch.tensors)
+        key = batches.stream(self.chains[0]), t * self.plan.settings.gradient_accumulation_steps + micro
+        recorded = None if self.recorder is None else self.recorder.on_batch(key, batch)
+        return self._each(lambda moved: forward.losses(moved, batch, self.buffers, seed, recorded))
+
+    def _each(self, losses: Callable[..., Tensor], *stacked: Any) -> Tensor:
         """Losses of every chain, from a function of its moved parameters (and its part of what is stacked)."""
         place = self.plan.selection.place
         if len(self.chains) == 1:
-            return losses(place(self.leaves), *(part[0] for part in stacked))[None]
+            return losses(place(self.leaves))[None]
         together: Tensor = torch.func.vmap(lambda leaves, *parts: losses(place(leaves), *parts))(self.leaves, *stacked)
         return together
 
     @torch.no_grad()
     def observe(self) -> dict[str, Tensor]:
-        """Per-token losses of every observable at the present weights: (chain, batch_{obs}, token_pos)."""
+        """Losses of every observable at the present weights: (chain, batch_{obs}, token_pos), 0 where none counts."""
         return {observable.name: self._observed(observable) for observable in self.plan.observables}
 
     def _observed(self, observable: Observable) -> Tensor:
         forward, recorder = self.plan.forward, self.recorder
         # fresh buffers: in train_mode an observable must not feed the running statistics of the chain
         buffers, parts = forward.checkpoint.buffers(), []
-        for start, ids in observed_rows(self.plan, observable, len(self.chains)):
+        for start, batch in observed_rows(self.plan, observable, len(self.chains)):
             with forward.observing():
-                recorded = None if recorder is None else recorder.on_observable((observable.name, start, len(ids)), ids)
-                parts.append(self._each(lambda moved, i=ids, s=start, r=recorded: forward.losses(moved, i, buffers, s, r)))
+                recorded = None if recorder is None else recorder.on_observable((observable.name, start, len(batch)), batch)
+                parts.append(self._each(lambda moved, b=batch, s=start, r=recorded: forward.losses(moved, b, buffers, s, r)))
         return torch.cat(parts, 1)
 
     @torch.no_grad()
@@ -285,11 +319,11 @@ def _tensors(state: Any) -> dict[str, Tensor]:
     return {name: value for name, value in found.items() if isinstance(value, Tensor)}
 
 
-def observed_rows(plan: Plan, observable: Observable, chains: int = 1) -> Iterator[tuple[int, Tensor]]:
+def observed_rows(plan: Plan, observable: Observable, chains: int = 1) -> Iterator[tuple[int, Batch]]:
     """The rows of an observable as they go through the model: a batch at a time, or several joined; with the first's number."""
-    rows = plan.forward.rows_at_once(plan.settings.batch_size, observable.ids.shape[1], chains)
-    for start in range(0, len(observable.ids), rows):
-        yield start, plan.checkpoint.ids(observable.ids[start : start + rows])
+    rows = plan.forward.rows_at_once(plan.settings.batch_size, observable.elements, chains)
+    for start in range(0, len(observable), rows):
+        yield start, plan.checkpoint.placed(observable.batch[start : start + rows])
 
 
 def dropout_seed(plan: Plan, chain: int, t: int, micro: int) -> str:

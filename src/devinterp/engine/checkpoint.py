@@ -6,9 +6,9 @@ The caller's module is never written to: other weights are swapped in for the le
 
 import copy
 import inspect
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -17,23 +17,28 @@ import xxhash
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from devinterp.engine.batch import IDS, Batch, only_counted
 from devinterp.engine.seeds import stream_seed
 from devinterp.errors import DevinterpInputError, InputTypeError, InputValueError, got
 
-LossFn = Callable[[nn.Module, Tensor], Tensor]
+LossFn = Callable[[nn.Module, Any], Tensor]
+"""Takes the model and a batch as `Batch.given` has it"""
 
 
-def next_token_losses(model: nn.Module, ids: Tensor) -> Tensor:
-    """Cross-entropy of every token given those before it, in float32 nats: shape (batch, token_pos)."""
-    logits = logits_of(model, ids)
-    flat = logits[:, :-1].reshape(-1, logits.shape[-1]).float()
-    return nn.functional.cross_entropy(flat, ids[:, 1:].reshape(-1), reduction="none").view(ids.shape[0], -1)
+def token_losses(model: nn.Module, batch: Batch) -> Tensor:
+    """Cross-entropy of the batch's targets, in float32 nats, 0 where there is none: shape (batch, token_pos).
+
+    Of a causal model every token given those before it: its targets are one token further on than its logits.
+    """
+    targets = batch.targets
+    logits = logits_of(model, batch)[:, : targets.shape[1]]
+    flat = logits.reshape(-1, logits.shape[-1]).float()
+    return nn.functional.cross_entropy(flat, targets.reshape(-1), reduction="none").view(targets.shape)
 
 
-def logits_of(model: nn.Module, ids: Tensor) -> Tensor:
+def logits_of(model: nn.Module, batch: Batch) -> Tensor:
     """Logits of a Hugging Face, TransformerLens or custom model: shape (batch, token, vocabulary)."""
-    takes_cache = "use_cache" in inspect.signature(model.forward).parameters
-    output = model(ids, use_cache=False) if takes_cache else model(ids)
+    output = call(model, batch, {"labels"} if encodes(model) else set())
     logits = getattr(output, "logits", output)
     if not isinstance(logits, Tensor) or logits.dim() != 3:
         shown = tuple(logits.shape) if isinstance(logits, Tensor) else type(output).__name__
@@ -41,18 +46,51 @@ def logits_of(model: nn.Module, ids: Tensor) -> Tensor:
         raise InputTypeError(
             got("model", f"output {shown}", "logits (batch, token, vocabulary) or an object with .logits", fix)
         )
+    tokens = batch.columns["labels" if encodes(model) else "input_ids"].shape[1]
+    if logits.shape[1] != tokens:
+        fix = "Wrap the model, or pass a loss_fn."
+        raise InputValueError(got("model", f"logits of {logits.shape[1]} positions", f"one for each of {tokens} tokens", fix))
     return logits
+
+
+def call(model: nn.Module, batch: Batch, besides: set[str]) -> Any:
+    """The model's output on the columns that are its inputs, and on those named besides."""
+    columns = {name: column for name, column in batch.columns.items() if name not in {"input_ids", "labels"} - besides}
+    ids = batch.columns["input_ids"]
+    columns |= {name: batch.derived[name] for name in ("position_ids",) if name in batch.derived}
+    columns.pop("input_ids", None)
+    if "use_cache" in inspect.signature(model.forward).parameters:
+        columns["use_cache"] = False  # type: ignore[assignment]
+    return model(ids, **columns)
+
+
+def encodes(model: nn.Module) -> bool:
+    """Whether it is an encoder with a decoder, which takes the labels as inputs too."""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
 class _LossModule(nn.Module):
     """Lets `functional_call` swap weights under a loss function that takes the model as an argument."""
 
-    def __init__(self, model: nn.Module, loss_fn: LossFn):
+    def __init__(self, model: nn.Module, loss_fn: Callable[[nn.Module, Batch], Tensor]):
         super().__init__()
         self.model, self.loss_fn = model, loss_fn
 
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.loss_fn(self.model, ids)
+    def forward(self, batch: Batch) -> Tensor:
+        return self.loss_fn(self.model, batch)
+
+
+@dataclass(frozen=True)
+class _OfCaller:
+    """A loss function of the caller's, on batches. Its losses may be one for each row: then these have one position."""
+
+    loss_fn: LossFn
+
+    def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
+        losses = self.loss_fn(model, batch.given)
+        if batch.form != IDS and losses.dim() == 1:
+            losses = losses[:, None]
+        return only_counted(losses, batch.counted)
 
 
 class Checkpoint:
@@ -66,7 +104,7 @@ class Checkpoint:
             self.parameters = {name: p.detach() for name, p in self.model.named_parameters()}
             self._buffers = {f"model.{name}": b.detach().clone() for name, b in self.model.named_buffers()}
         self._frozen = {f"model.{name}": p for name, p in self.parameters.items()}
-        self._module = _LossModule(self.model, loss_fn or next_token_losses)
+        self._module = _LossModule(self.model, _OfCaller(loss_fn) if loss_fn else token_losses)
 
     @contextmanager
     def ready(self) -> Iterator[None]:
@@ -84,25 +122,35 @@ class Checkpoint:
         """The buffers for one chain: in train_mode a fresh copy, since forward passes write to them."""
         return {name: b.clone() for name, b in self._buffers.items()} if self.train_mode else self._buffers
 
-    def losses(self, moved: Mapping[str, Tensor], ids: Tensor, buffers: Mapping[str, Tensor], seed: int | str = 0) -> Tensor:
-        """Per-token losses, float32, shape (batch, token_pos), with the parameters in `moved` in place of the model's own.
+    def losses(self, moved: Mapping[str, Tensor], batch: Batch, buffers: Mapping[str, Tensor], seed: int | str = 0) -> Tensor:
+        """Losses, float32, shape (batch, token_pos), with the parameters in `moved` in place of the model's own.
+
+        Those that do not count are 0.
 
         `seed` is for the dropout of `train_mode`; the global generators are put back.
         """
         state = {**self._frozen, **{f"model.{name}": tensor for name, tensor in moved.items()}, **buffers}
-        return self._call(self._module, state, ids, seed).float()
+        return self._call(self._module, state, batch, seed).float()
 
     @torch.no_grad()
-    def logits(self, ids: Tensor) -> Tensor:
-        """Logits at the checkpoint itself, shape (batch, token, vocabulary)."""
-        return self._call(_LossModule(self.model, logits_of), {**self._frozen, **self.buffers()}, ids, 0)
+    def raw_losses(self, batch: Batch) -> Any:
+        """What the caller's loss function returns at the checkpoint, whatever it is."""
+        loss_fn = self.loss_fn
+        assert loss_fn is not None
+        module = _LossModule(self.model, lambda model, given: loss_fn(model, given.given))
+        return self._call(module, {**self._frozen, **self.buffers()}, batch, 0)
 
-    def _call(self, module: nn.Module, state: Mapping[str, Tensor], ids: Tensor, seed: int | str) -> Tensor:
+    @torch.no_grad()
+    def logits(self, batch: Batch) -> Tensor:
+        """Logits at the checkpoint itself, shape (batch, token, vocabulary)."""
+        return self._call(_LossModule(self.model, logits_of), {**self._frozen, **self.buffers()}, batch, 0)
+
+    def _call(self, module: nn.Module, state: Mapping[str, Tensor], batch: Batch, seed: int | str) -> Tensor:
         every_gpu = range(torch.cuda.device_count())  # manual_seed reaches all of them
         with torch.random.fork_rng(every_gpu) if self.train_mode else nullcontext():
             if self.train_mode:
                 torch.manual_seed(stream_seed("dropout", seed) % 2**63)
-            result: Tensor = functional_call(module, dict(state), (ids,))
+            result: Tensor = functional_call(module, dict(state), (batch,))
         return result
 
     def detached(self) -> dict[str, Tensor]:
@@ -122,8 +170,9 @@ class Checkpoint:
             total.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         return total.hexdigest()
 
-    def ids(self, rows: Any) -> Tensor:
-        return torch.as_tensor(rows, device=self.device)
+    def placed(self, batch: Batch) -> Batch:
+        """The batch on the model's device."""
+        return batch.each(lambda tensor: tensor.to(self.device))
 
 
 def _device_of(model: nn.Module) -> torch.device:
@@ -174,51 +223,8 @@ def check_device(model: nn.Module, device: Any) -> torch.device:
     return chosen
 
 
-def check_loss(checkpoint: Checkpoint, ids: Tensor, largest_id: int) -> None:
-    """One batch through the model before the run: shape, dtype, gradient, determinism, and a model left alone."""
-    argument = "model" if checkpoint.loss_fn is None else "loss_fn"
-    if checkpoint.loss_fn is None:
-        _check_vocabulary(checkpoint, ids, largest_id)
-    before = checkpoint.digest() if checkpoint.loss_fn else ""
-    with _explained(argument, "Run it once by hand on the first rows of the dataset."):
-        leaves = {name: p.requires_grad_() for name, p in checkpoint.detached().items() if p.is_floating_point()}
-        probe = checkpoint.losses(leaves, ids, checkpoint.buffers(), seed=0)
-        differentiable = probe.requires_grad
-        probe = probe.detach()
-        again = checkpoint.losses(leaves, ids, checkpoint.buffers(), seed=0).detach()
-    wanted = (ids.shape[0], ids.shape[1] - 1)
-    if tuple(probe.shape) != wanted:
-        fix = "Return one loss per predicted token (reduction='none')."
-        raise InputValueError(got(argument, f"losses of shape {tuple(probe.shape)}", f"of shape {wanted}", fix))
-    if not differentiable:
-        fix = "Remove detach() or torch.no_grad() from it, and return floating-point losses."
-        raise InputValueError(got(argument, "losses without a gradient", "differentiable in the weights", fix))
-    if not torch.isfinite(probe).all():
-        fix = "Look at the loss of the first sequences of the dataset at this checkpoint."
-        raise InputValueError(got(argument, "NaN or infinite losses at the checkpoint", "finite", fix))
-    if checkpoint.loss_fn and checkpoint.digest() != before:
-        raise InputValueError(got("loss_fn", "changes the weights of the model", "free of side effects", "Use a copy."))
-    if not torch.equal(probe, again):
-        warnings.warn(
-            f"{argument}: two calls on the same batch and weights differ, so this run cannot be repeated bit by bit.",
-            UserWarning,
-            stacklevel=2,
-        )
-
-
-def _check_vocabulary(checkpoint: Checkpoint, ids: Tensor, largest_id: int) -> None:
-    """Ids beyond the vocabulary must not reach a GPU (the assert kills the process), so this forward takes zeros."""
-    fix = f"Is it made for sequences of {ids.shape[1]} tokens? Try a smaller max_length, or a loss_fn."
-    with _explained("model", fix):
-        vocabulary = checkpoint.logits(torch.zeros_like(ids[:1])).shape[-1]
-    if largest_id >= vocabulary:
-        fix = "The dataset was made with another tokenizer than the model's."
-        allowed = f"made of token ids below the model's vocabulary of {vocabulary}"
-        raise InputValueError(got("dataset", f"token id {largest_id}", allowed, fix))
-
-
 @contextmanager
-def _explained(argument: str, fix: str) -> Iterator[None]:
+def explained(argument: str, fix: str) -> Iterator[None]:
     """Whatever the caller's own code raises, said as an error of this argument."""
     try:
         yield

@@ -13,16 +13,15 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from devinterp.engine.batch import Batch, mean_loss
 from devinterp.engine.chain import Plan, Walker, update_blocks
 from devinterp.engine.posterior import Posterior
 from devinterp.engine.seeds import noise_generator
 from devinterp.engine.selection import Block
 from devinterp.engine.settings import Settings
-from devinterp.engine.tokens import Ids
 from devinterp.errors import DevinterpError, InputValueError
 
 logger = logging.getLogger(__name__)
@@ -104,7 +103,7 @@ def check_curved(what: str, precision: float, fix: str) -> None:
         )
 
 
-def pilot(plan: Plan, chain: int, lr: float, batches: list[Ids]) -> tuple[Spectrum, float, int]:
+def pilot(plan: Plan, chain: int, lr: float, batches: list[Batch]) -> tuple[Spectrum, float, int]:
     """The curvature where a chain of its own ends, the lr that got it there, and its number of steps.
 
     From a flat checkpoint the first lr throws the chain out of the region in which it is stable: then again from the
@@ -173,17 +172,17 @@ def gradient_noise(plan: Plan) -> float:
     return max(0.0, (squares - of_mean) / (NOISE_BATCHES - 1))
 
 
-def curvature_batches(plan: Plan) -> list[Ids]:
-    """The first sequences of the sampling stream, at most one epoch, at most `TOKENS` tokens at once where that is possible."""
-    size, tokens = plan.settings.batch_size, plan.batches.tokens
-    wanted = max(8, min(128, TOKENS // tokens.length))
-    count = min(math.ceil(wanted / size), tokens.num_rows // size)
-    ids = np.concatenate([plan.batches.micro(0, number) for number in range(count)])[:wanted]
-    at_once = max(1, TOKENS // tokens.length)
-    return [ids[start : start + at_once] for start in range(0, len(ids), at_once)]
+def curvature_batches(plan: Plan) -> list[Batch]:
+    """The first rows of the sampling stream, at most one epoch, at most `TOKENS` numbers at once where that is possible."""
+    size, rows = plan.settings.batch_size, plan.batches.rows
+    at_once = max(1, TOKENS // rows.elements)
+    wanted = max(8, min(128, TOKENS // rows.elements))
+    count = min(math.ceil(wanted / size), rows.num_rows // size)
+    whole = Batch.join([plan.batches.micro(0, number) for number in range(count)], torch.cat)[:wanted]
+    return [whole[start : start + at_once] for start in range(0, len(whole), at_once)]
 
 
-def spectrum(plan: Plan, weights: Tensor | None, batches: list[Ids], iterations: int = ITERATIONS) -> Spectrum:
+def spectrum(plan: Plan, weights: Tensor | None, batches: list[Batch], iterations: int = ITERATIONS) -> Spectrum:
     """Largest (not largest absolute) Hessian eigenvalue of the mean loss, 0 where nothing curves upwards; and the trace.
 
     At the given weights, None = the checkpoint. Power iteration; when the dominant eigenvalue is negative, again with the
@@ -210,7 +209,7 @@ class Curvature:
     be lost in rounding.
     """
 
-    def __init__(self, plan: Plan, centre: Tensor | None, batches: list[Ids]):
+    def __init__(self, plan: Plan, centre: Tensor | None, batches: list[Batch]):
         self.plan, self.centre, self.batches = plan, centre, batches
         self.first_quotient = 0.0
         self.blocks = update_blocks(plan.selection)
@@ -277,8 +276,11 @@ class Curvature:
     @torch.enable_grad()
     def _accumulate(self, sign: float) -> None:
         # not compiled: here the batches have other shapes
-        forward, count = replace(self.plan.forward, compiled=False), sum(map(len, self.batches))
-        for ids in self.batches:
+        forward, placed = replace(self.plan.forward, compiled=False), self.plan.checkpoint.placed
+        shape = self.plan.batches.objective.positions
+        counts = [len(batch) * shape if batch.counted is None else int(batch.counted.sum()) for batch in self.batches]
+        for batch, count in zip(map(placed, self.batches), counts, strict=True):
             moved = self.in_float32 | self.plan.selection.place(self.leaves, cast=not self.in_float32)
-            losses = forward.losses(moved, forward.checkpoint.ids(ids), forward.checkpoint.buffers())
-            torch.autograd.backward(losses.mean() * (sign * len(ids) / count), inputs=self.leaves)
+            losses = forward.losses(moved, batch, forward.checkpoint.buffers())
+            share = sign * count / sum(counts)
+            torch.autograd.backward(mean_loss(losses, batch.counted) * share, inputs=self.leaves)

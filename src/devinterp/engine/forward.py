@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from devinterp.engine.batch import Batch
 from devinterp.engine.checkpoint import Checkpoint
 from devinterp.engine.prefix import Outputs, Prefix
 from devinterp.engine.stand_ins import Cut, stand_ins
@@ -39,42 +40,44 @@ class Forward:
     def losses(
         self,
         moved: Mapping[str, Tensor],
-        ids: Tensor,
+        batch: Batch,
         buffers: Mapping[str, Tensor],
         seed: int | str = 0,
         recorded: Outputs | None = None,
     ) -> Tensor:
-        """Per-token losses, float32, shape (batch, token_pos); `recorded` is what the prefix is to return on these ids."""
+        """Losses, float32, shape (batch, token_pos), 0 where they do not count; `recorded` is what the prefix returns here."""
         if self.compiled:
-            return self._compiled(moved, ids, buffers)
+            return self._compiled(moved, *batch.tensors, batch.form, buffers)
         replaced: dict[Any, Callable[..., Any]] = {}
         if self.prefix is not None and recorded is not None:
             replaced = self.prefix.replay(recorded)
         if self.head is None:
             with stand_ins(replaced):
-                return self.checkpoint.losses(moved, ids, buffers, seed)
+                return self.checkpoint.losses(moved, batch, buffers, seed)
         with stand_ins(replaced | {self.head.module: self.head.stop}):
             try:
-                self.checkpoint.losses(moved, ids, buffers, seed)
+                self.checkpoint.losses(moved, batch, buffers, seed)
                 raise RuntimeError("the output embedding was not reached")
             except Cut as reached:
                 hidden, weight, bias = reached.args
-        return self.head.losses(hidden, weight, bias, ids)
+        return self.head.losses(hidden, weight, bias, batch)
 
     def observing(self) -> Any:
         """The context of observables' forward passes."""
         return torch.autocast(self.checkpoint.device.type, torch.bfloat16) if self.precision == "bf16" else nullcontext()
 
-    def rows_at_once(self, batch_size: int, length: int, chains: int) -> int:
-        """Sequences of an observable in one forward pass."""
+    def rows_at_once(self, batch_size: int, elements: int, chains: int) -> int:
+        """Rows of an observable in one forward pass, of so many numbers each."""
         if not self.rows_joined:
             return batch_size
         tokens = TOKENS_AT_ONCE.get(self.checkpoint.device.type, TOKENS_AT_ONCE_ELSEWHERE)
-        return max(1, tokens // (length * chains * batch_size)) * batch_size
+        return max(1, tokens // (elements * chains * batch_size)) * batch_size
 
     @cached_property
     def _compiled(self) -> Callable[..., Tensor]:
-        return torch.compile(lambda moved, ids, buffers: self.checkpoint.losses(moved, ids, buffers))
+        return torch.compile(
+            lambda moved, columns, derived, form, buffers: self.checkpoint.losses(moved, Batch(columns, form, derived), buffers)
+        )
 
     def described(self) -> dict[str, Any]:
         """For the store's record."""

@@ -10,11 +10,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from devinterp.engine.batch import Batch
 from devinterp.engine.chain import Plan
 from devinterp.engine.curvature import Curvature, check_curved, curvature_batches, spectrum
 from devinterp.engine.posterior import Posterior
 from devinterp.engine.seeds import noise_generator
-from devinterp.engine.tokens import Ids
 from devinterp.samplers import TakesMetric
 
 PROBES = 8
@@ -34,7 +34,7 @@ def with_metric(plan: Plan) -> Plan:
 
 
 @torch.no_grad()
-def row_norms(plan: Plan, batches: list[Ids]) -> Tensor:
+def row_norms(plan: Plan, batches: list[Batch]) -> Tensor:
     """Estimated norms of the rows of the Hessian of the mean loss at the checkpoint."""
     curvature = Curvature(plan, None, batches)
     rng = noise_generator(plan.selection.device, plan.settings.init_seed, "metric")

@@ -71,9 +71,9 @@ def operations(plan: Plan) -> tuple[float, float]:
     """Floating-point operations of one step of one chain, and of all chains: 2 forward and 4 backward per weight and token."""
     settings = plan.settings
     weights = sum(p.numel() for p in plan.checkpoint.parameters.values())
-    tokens = settings.batch_size * settings.gradient_accumulation_steps * plan.batches.tokens.length
+    tokens = settings.batch_size * settings.gradient_accumulation_steps * plan.batches.rows.length
     step = 6.0 * weights * tokens
-    draw = 2.0 * weights * sum(observable.ids.size for observable in plan.observables)
+    draw = 2.0 * weights * sum(observable.tokens for observable in plan.observables)
     return step, settings.num_chains * (settings.num_steps * step + settings.num_draws * draw)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from devinterp.engine.batch import Batch
 from devinterp.engine.checkpoint import Checkpoint
 from devinterp.engine.stand_ins import Cut, stand_ins
 
@@ -56,34 +57,34 @@ class Recorder:
     _batches: "OrderedDict[Hashable, Outputs]" = field(default_factory=OrderedDict)
     _observables: dict[Hashable, Outputs] = field(default_factory=dict)
 
-    def on_batch(self, key: Hashable, ids: Tensor) -> Outputs:
+    def on_batch(self, key: Hashable, batch: Batch) -> Outputs:
         """Outputs on a sampling batch, which `key` stands for."""
         if key not in self._batches:
             while len(self._batches) >= self.keep:
                 self._batches.popitem(last=False)
-            self._batches[key] = self._record(ids)
+            self._batches[key] = self._record(batch)
         return self._batches[key]
 
-    def on_observable(self, key: Hashable, ids: Tensor) -> Outputs:
+    def on_observable(self, key: Hashable, batch: Batch) -> Outputs:
         """Outputs on rows of an observable, which are the same at every draw."""
         if key in self._observables:
             return self._observables[key]
-        outputs = self._record(ids)
+        outputs = self._record(batch)
         size = sum(_num_bytes(output) for output in outputs.values())
         if size <= self.kept_bytes:
             self.kept_bytes -= size
             self._observables[key] = outputs
         return outputs
 
-    def _record(self, ids: Tensor) -> Outputs:
+    def _record(self, batch: Batch) -> Outputs:
         modules = {module for prefix in self.prefixes for module in prefix.modules}
         needed = frozenset().union(*(prefix.needed for prefix in self.prefixes))
-        return record(self.checkpoint, modules, needed, {prefix.closed_by for prefix in self.prefixes}, ids)
+        return record(self.checkpoint, modules, needed, {prefix.closed_by for prefix in self.prefixes}, batch)
 
 
 @torch.no_grad()
 def record(
-    checkpoint: Checkpoint, modules: Iterable[nn.Module], needed: frozenset[nn.Module], ends: set[nn.Module], ids: Tensor
+    checkpoint: Checkpoint, modules: Iterable[nn.Module], needed: frozenset[nn.Module], ends: set[nn.Module], batch: Batch
 ) -> Outputs:
     """Outputs of these modules at the checkpoint; the pass stops when all of `ends` have been reached."""
     outputs: Outputs = {}
@@ -114,7 +115,7 @@ def record(
         forwards[module] = ending(module, forwards.get(module, module.forward))
     try:
         with stand_ins(forwards):
-            checkpoint.losses({}, ids, checkpoint.buffers())
+            checkpoint.losses({}, batch, checkpoint.buffers())
     except Cut:
         pass
     return outputs
@@ -144,10 +145,10 @@ def _num_bytes(output: Any) -> int:
     return sum(sizes)
 
 
-def _replays(checkpoint: Checkpoint, forwards: Mapping[nn.Module, Callable[..., Any]], ids: Tensor, plain: Tensor) -> bool:
+def _replays(checkpoint: Checkpoint, forwards: Mapping[nn.Module, Callable[..., Any]], batch: Batch, plain: Tensor) -> bool:
     try:
         with stand_ins(forwards):
-            return torch.equal(checkpoint.losses({}, ids, checkpoint.buffers()), plain)
+            return torch.equal(checkpoint.losses({}, batch, checkpoint.buffers()), plain)
     except RuntimeError:  # the next module writes to what it gets
         return False
 
@@ -158,24 +159,24 @@ def _has_empty(output: Any) -> bool:
     return any(found)
 
 
-def find_prefix(checkpoint: Checkpoint, moving: Iterable[str], ids: Tensor) -> Prefix | None:
+def find_prefix(checkpoint: Checkpoint, moving: Iterable[str], batch: Batch) -> Prefix | None:
     """The prefix of a run in which the parameters named move; None where there is none."""
     parameters = dict(checkpoint.model.named_parameters())
     moves = {id(parameters[name]) for name in moving}
-    modules, closed_by = _before_the_first_moving(checkpoint, moves, ids)
+    modules, closed_by = _before_the_first_moving(checkpoint, moves, batch)
     if not modules or closed_by is None:
         return None
     everything = Prefix(modules, frozenset(modules), closed_by)
-    recorded = record(checkpoint, modules, everything.needed, {closed_by}, ids)
+    recorded = record(checkpoint, modules, everything.needed, {closed_by}, batch)
     if set(recorded) != set(modules):
         return None
-    needed = _looked_at(checkpoint, everything, recorded, ids)
+    needed = _looked_at(checkpoint, everything, recorded, batch)
     return None if needed is None else Prefix(modules, needed, closed_by)
 
 
 @torch.no_grad()
 def _before_the_first_moving(
-    checkpoint: Checkpoint, moves: set[int], ids: Tensor
+    checkpoint: Checkpoint, moves: set[int], batch: Batch
 ) -> tuple[tuple[nn.Module, ...], nn.Module | None]:
     """Outermost frozen modules called once, finished before the first owner's parent starts, which is the second."""
     model = checkpoint.model
@@ -202,14 +203,14 @@ def _before_the_first_moving(
         return stand_in
 
     with stand_ins({module: following(module, module.forward) for module in model.modules()}):
-        checkpoint.losses({}, ids, checkpoint.buffers())
+        checkpoint.losses({}, batch, checkpoint.buffers())
     return tuple(module for module in finished if calls[module] == 1), closed_by[0] if closed_by else None
 
 
 @torch.no_grad()
-def _looked_at(checkpoint: Checkpoint, prefix: Prefix, recorded: Outputs, ids: Tensor) -> frozenset[nn.Module] | None:
+def _looked_at(checkpoint: Checkpoint, prefix: Prefix, recorded: Outputs, batch: Batch) -> frozenset[nn.Module] | None:
     """Modules whose output changes the loss when it is NaN; None where replaying does not give the loss."""
-    plain = checkpoint.losses({}, ids, checkpoint.buffers())
+    plain = checkpoint.losses({}, batch, checkpoint.buffers())
     shown: Mapping[nn.Module, Any] = recorded
     needed = []
     for module in (None, *prefix.modules):
@@ -217,7 +218,7 @@ def _looked_at(checkpoint: Checkpoint, prefix: Prefix, recorded: Outputs, ids: T
             needed.append(module)
             continue
         tried = dict(shown) if module is None else {**shown, module: mapped(recorded[module], _unseen)}
-        if _replays(checkpoint, prefix.replay(tried), ids, plain):
+        if _replays(checkpoint, prefix.replay(tried), batch, plain):
             shown = tried
         elif module is None:
             return None

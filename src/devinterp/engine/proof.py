@@ -12,13 +12,14 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from devinterp.engine.batch import Batch, mean_loss
 from devinterp.engine.chain import Plan, Walker
 from devinterp.engine.checkpoint import Checkpoint
 from devinterp.engine.forward import Forward
+from devinterp.engine.observables import Observable
 from devinterp.engine.prefix import find_prefix, record
 from devinterp.engine.seeds import noise_generator
 from devinterp.engine.selection import Selection
-from devinterp.engine.tokens import Ids, Observable
 from devinterp.engine.vocabulary import find_head
 
 logger = logging.getLogger("devinterp")
@@ -36,7 +37,7 @@ Found = TypeVar("Found")
 
 
 def find_forward(
-    checkpoint: Checkpoint, selection: Selection, batch: Ids, *, reuse_prefix: bool, compiled: bool, precision: str | None
+    checkpoint: Checkpoint, selection: Selection, batch: Batch, *, reuse_prefix: bool, compiled: bool, precision: str | None
 ) -> Forward:
     """The fastest way to the losses of this model on such batches that was proven equal to the plain one."""
     forward = Forward(checkpoint, precision=precision)
@@ -49,12 +50,12 @@ def find_forward(
     if proof.rows_are_independent():
         forward = replace(forward, rows_joined=True)
     if checkpoint.loss_fn is None and proof.logits_per_row * len(batch) > SMALL_LOGITS:
-        head = attempt("losses without whole logits", lambda: find_head(checkpoint, proof.ids[:1]))
+        head = attempt("losses without whole logits", lambda: find_head(checkpoint, proof.batch[:1]))
         if head is not None and proof.accepts(replace(forward, head=head), "losses without whole logits"):
             forward = replace(forward, head=head)
     if reuse_prefix:
         moving = [piece.name for piece in selection.pieces]
-        prefix = attempt("reuse of frozen modules", lambda: find_prefix(checkpoint, moving, proof.ids))
+        prefix = attempt("reuse of frozen modules", lambda: find_prefix(checkpoint, moving, proof.batch))
         if prefix is not None and proof.accepts_prefix(replace(forward, prefix=prefix)):
             forward = replace(forward, prefix=prefix)
     return forward
@@ -75,9 +76,9 @@ def attempt(what: str, find: Callable[[], Found | None]) -> Found | None:
 class Proof:
     """The plain forward pass at moved weights, and whether another agrees with it."""
 
-    def __init__(self, checkpoint: Checkpoint, selection: Selection, batch: Ids):
+    def __init__(self, checkpoint: Checkpoint, selection: Selection, batch: Batch):
         self.plain, self.selection = Forward(checkpoint), selection
-        self.ids = checkpoint.ids(batch[:ROWS])
+        self.batch = checkpoint.placed(batch[:ROWS])
         half = all(p.element_size() < 4 for p in checkpoint.parameters.values() if p.is_floating_point())
         self.loss_tolerance = LOSS_TOLERANCE_HALF if half else LOSS_TOLERANCE
         self.gradient_tolerance = GRADIENT_TOLERANCE_HALF if half else GRADIENT_TOLERANCE
@@ -90,8 +91,8 @@ class Proof:
 
     @property
     def logits_per_row(self) -> int:
-        logits = self.plain.checkpoint.logits(self.ids[:1])
-        return logits[0, 1:].numel()
+        logits = self.plain.checkpoint.logits(self.batch[:1])
+        return int(logits.shape[-1] * self.batch.targets.shape[1])
 
     def accepts(self, forward: Forward, what: str) -> bool:
         """Whether losses and gradient of another path are the plain ones, to rounding."""
@@ -115,8 +116,8 @@ class Proof:
     def _differentiated(self, forward: Forward) -> tuple[Tensor, Tensor, float]:
         """Losses; the gradient as a random projection of each piece (one vector at a time in memory); and its norm."""
         leaves = self.selection.leaves(self.weights)
-        losses = forward.losses(self.selection.place(leaves), self.ids, forward.checkpoint.buffers())
-        gradients = torch.autograd.grad(losses.mean(), leaves, allow_unused=True)
+        losses = forward.losses(self.selection.place(leaves), self.batch, forward.checkpoint.buffers())
+        gradients = torch.autograd.grad(mean_loss(losses, self.batch.counted), leaves, allow_unused=True)
         shadows, squares = [], 0.0
         rng = noise_generator(self.selection.device, "projection")
         for leaf, gradient in zip(leaves, gradients, strict=True):
@@ -134,9 +135,9 @@ class Proof:
             return False
         try:
             moved = self.selection.place(self.selection.leaves(self.weights))
-            whole = replace(forward, prefix=None).losses(moved, self.ids, checkpoint.buffers())
-            recorded = record(checkpoint, prefix.modules, prefix.needed, {prefix.closed_by}, self.ids)
-            again = [forward.losses(moved, self.ids, checkpoint.buffers(), recorded=recorded) for _ in range(2)]
+            whole = replace(forward, prefix=None).losses(moved, self.batch, checkpoint.buffers())
+            recorded = record(checkpoint, prefix.modules, prefix.needed, {prefix.closed_by}, self.batch)
+            again = [forward.losses(moved, self.batch, checkpoint.buffers(), recorded=recorded) for _ in range(2)]
         except Exception as error:
             logger.info("%s: not used, since a trial failed with %s: %s", what, type(error).__name__, error)
             return False
@@ -147,11 +148,11 @@ class Proof:
 
     @torch.no_grad()
     def rows_are_independent(self) -> bool:
-        """Whether sequences have the same losses alone as together."""
-        if len(self.ids) < 2:
+        """Whether rows have the same losses alone as together."""
+        if len(self.batch) < 2:
             return False
         buffers = self.plain.checkpoint.buffers()
-        together, *apart = (self.plain.losses({}, ids, buffers) for ids in (self.ids, self.ids[:1], self.ids[1:]))
+        together, *apart = (self.plain.losses({}, batch, buffers) for batch in (self.batch, self.batch[:1], self.batch[1:]))
         return _agree(together, torch.cat(apart), self.loss_tolerance)
 
 
@@ -185,11 +186,12 @@ def precision_error(forward: Forward, observables: tuple[Observable, ...], rows:
     """What the reduced precision of observables' forward passes does to their losses at the checkpoint, in nats."""
     found, full = {}, replace(forward, precision=None)
     for observable in observables:
-        ids = forward.checkpoint.ids(observable.ids[:rows])
-        exact = full.losses({}, ids, forward.checkpoint.buffers())
+        batch = forward.checkpoint.placed(observable.batch[:rows])
+        exact = full.losses({}, batch, forward.checkpoint.buffers())
         with forward.observing():
-            rounded = forward.losses({}, ids, forward.checkpoint.buffers())
+            rounded = forward.losses({}, batch, forward.checkpoint.buffers())
         error = (rounded - exact).double()
+        error = error if batch.counted is None else error[batch.counted]
         found[observable.name] = {
             "largest": error.abs().max().item(),
             "root_mean_square": error.square().mean().sqrt().item(),

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from devinterp.engine.batch import Batch
 from devinterp.engine.checkpoint import Checkpoint
 from devinterp.engine.stand_ins import Cut, stand_ins
 
@@ -43,16 +44,21 @@ class Head:
         weight, bias = getattr(self.module, self.weight), getattr(self.module, self.bias) if self.bias else None
         raise Cut(hidden, weight.T if self.transposed else weight, bias)
 
-    def losses(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor) -> Tensor:
-        """Per-token losses of the tokens after the first, float32, shape (batch, token_pos)."""
+    def losses(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, batch: Batch) -> Tensor:
+        """Losses of the batch's targets, float32, shape (batch, token_pos); those that do not count are never computed."""
         if torch.is_autocast_enabled(hidden.device.type):
             dtype = torch.get_autocast_dtype(hidden.device.type)
             hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-        arguments = hidden[:, :-1], weight, bias, ids[:, 1:], self.scale, self.cap
+        targets, counted = batch.targets, batch.counted
+        hidden = hidden[:, : targets.shape[1]]
+        if counted is not None:
+            hidden, targets = hidden[counted], targets[counted]
+        arguments = hidden, weight, bias, targets, self.scale, self.cap
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias)):
             losses: Tensor = _CrossEntropy.apply(*arguments)  # type: ignore[no-untyped-call]
-            return losses
-        return _losses(*arguments)
+        else:
+            losses = _losses(*arguments)
+        return losses if counted is None else losses.new_zeros(counted.shape).masked_scatter(counted, losses)
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -137,20 +143,20 @@ def _chunks(
         yield rows, logits, logits.gather(1, targets[rows, None]).squeeze(1)
 
 
-def find_head(checkpoint: Checkpoint, ids: Tensor) -> Head | None:
+def find_head(checkpoint: Checkpoint, batch: Batch) -> Head | None:
     """The output embedding, if there is one module whose raw logits are hidden W^T + b and whose image the logits are."""
-    logits = checkpoint.logits(ids)
-    for module, hidden, raw in _candidates(checkpoint, ids, logits.shape):
+    logits = checkpoint.logits(batch)
+    for module, hidden, raw in _candidates(checkpoint, batch, logits.shape):
         form = _linear_form(module, hidden, raw)
         if form is None:
             continue
-        scale_and_cap = _scale_and_cap(checkpoint, module, ids, raw)
+        scale_and_cap = _scale_and_cap(checkpoint, module, batch, raw)
         if scale_and_cap is not None:
             return Head(module, *form, *scale_and_cap)
     return None
 
 
-def _candidates(checkpoint: Checkpoint, ids: Tensor, shape: torch.Size) -> list[tuple[nn.Module, Tensor, Tensor]]:
+def _candidates(checkpoint: Checkpoint, batch: Batch, shape: torch.Size) -> list[tuple[nn.Module, Tensor, Tensor]]:
     """Modules called once, that own a parameter and return one tensor of the logits' shape, with what they took; last first."""
     calls: dict[nn.Module, list[tuple[Any, Any]]] = {}
 
@@ -166,12 +172,12 @@ def _candidates(checkpoint: Checkpoint, ids: Tensor, shape: torch.Size) -> list[
 
     owners = [m for m in checkpoint.model.modules() if any(True for _ in m.parameters(recurse=False))]
     with stand_ins({module: noting(module) for module in owners}):
-        checkpoint.logits(ids)
+        checkpoint.logits(batch)
     return [
         (module, noted[0][0], noted[0][1])
         for module, noted in reversed(calls.items())
         if len(noted) == 1 and all(isinstance(t, Tensor) for t in noted[0]) and noted[0][1].shape == shape
-        and noted[0][0].shape[:2] == ids.shape
+        and noted[0][0].shape[:2] == shape[:2]
     ]  # fmt: skip
 
 
@@ -192,12 +198,12 @@ def _linear_form(module: nn.Module, hidden: Tensor, raw: Tensor) -> tuple[str, s
     return None
 
 
-def _scale_and_cap(checkpoint: Checkpoint, module: nn.Module, ids: Tensor, raw: Tensor) -> tuple[float, float | None] | None:
+def _scale_and_cap(checkpoint: Checkpoint, module: nn.Module, batch: Batch, raw: Tensor) -> tuple[float, float | None] | None:
     """What the model makes of raw logits, told from made-up ones: a scale, a soft cap, or neither; None = something else."""
 
     def logits_of(made_up: Tensor) -> Tensor:
         with stand_ins({module: lambda *_, **__: made_up.clone()}):
-            return checkpoint.logits(ids).double()
+            return checkpoint.logits(batch).double()
 
     limit = logits_of(torch.full_like(raw, SATURATION)).flatten()[0].item()
     scale = logits_of(torch.full_like(raw, 2.0**-10)).flatten()[0].item() * 2.0**10

@@ -86,7 +86,7 @@ def _request_for(options: Options, model: nn.Module, dataset: Any, observables: 
     if request.path is not None and request.path.absolute() == _absolute(options.output_path):
         fix = "The samples and the influences are two stores."
         raise InputValueError(got("output_path", str(request.path), "another path than that of the influences", fix))
-    ahead = unsampled(request.inputs.settings, request.inputs.batches.tokens.length, request.inputs.observables)
+    ahead = unsampled(request.inputs.settings, request.inputs.batches, request.inputs.observables)
     sides = Sides(_traces(ahead, options), options)
     if options.output_path is None and options.queries is None and options.top_k is None:
         check_memory(sides)
@@ -189,8 +189,9 @@ def compute_bif(
         sequences or averages; (query, batch_1[, target_position]) with `queries`; (pair) or (query, rank) with `top_k`, then
         with the sequences, positions and tokens of each; with `errors`, `influences_sem` of the same dims.
         `target_position` counts from 1: the loss there is that of predicting `input_ids` at that position. `input_ids`
-        (batch, position). Correlations of constant traces are NaN (covariances 0, their errors NaN); such traces are
-        counted in `attrs["constant_traces"]`.
+        (batch, position); of data without token ids `row` (batch), the number of each row in its data, with `target_position`
+        from 0. Losses that do not count (padding) are left out, and NaN as single tokens. Correlations of constant traces are
+        NaN (covariances 0, their errors NaN); such traces are counted in `attrs["constant_traces"]`.
 
     Raises:
         DevinterpInputError: an option cannot be used.
@@ -210,7 +211,7 @@ def compute_bif(
     if output_path is not None:
         with MatrixWriter(output_path) as writer:
             write_whole(sides, writer, progress)
-            writer.finish(_attributes(ds, sides, dropped), {"input_ids": traces.input_ids()})
+            writer.finish(_attributes(ds, sides, dropped), traces.contents())
         return writer.open()
     if top_k is not None:
         result = strongest(sides, top_k, progress)
@@ -218,7 +219,7 @@ def compute_bif(
         result = of_queries(sides, progress)
     else:
         result = whole(sides, progress)
-    return result.assign(input_ids=traces.input_ids()).assign_attrs(_attributes(ds, sides, dropped))
+    return result.assign(traces.contents()).assign_attrs(_attributes(ds, sides, dropped))
 
 
 def _traces(ds: xr.Dataset, options: Options) -> Traces:

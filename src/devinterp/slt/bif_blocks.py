@@ -184,15 +184,26 @@ class Sides:
         return loaded[torch.as_tensor(np.arange(len(positions)) * self.traces.length + positions, device=loaded.z.device)]
 
     def _load(self, sequences: Numbers) -> Series:
-        read = torch.as_tensor(self.traces.read(sequences), device=self.options.torch_device())
-        if not torch.isfinite(read).all():
+        device = self.options.torch_device()
+        read = torch.as_tensor(self.traces.read(sequences), device=device)
+        left_out = self._left_out(sequences, device)
+        if not (torch.isfinite(read).all(1) | left_out).all():
             raise StoreError("the samples hold losses of observables that are not finite. Look at them; drop those chains.")
         z, constant = standardised(read, self.options.compute_covariance, self.groups)
-        flags = constant.cpu().numpy().reshape(len(sequences), self.traces.length)
+        flags = (constant & ~left_out).cpu().numpy().reshape(len(sequences), self.traces.length)
         self.constant.update(zip(sequences.tolist(), flags, strict=True))
         if self.options.average_tokenwise_bif:  # the mean of products over both tokens is the product of the means
-            z = z.view(len(sequences), self.traces.length, -1).mean(1, dtype=torch.float64).to(z.dtype)
+            z[left_out] = 0
+            count = (~left_out).view(len(sequences), -1, 1).sum(1)
+            z = (z.view(len(sequences), self.traces.length, -1).sum(1, dtype=torch.float64) / count).to(z.dtype)
         return Series(z, lagged(z, self.traces.groups) if self.options.errors else None)
+
+    def _left_out(self, sequences: Numbers, device: torch.device) -> Tensor:
+        """Traces of losses that do not count: NaN throughout. A sequence as a whole always counts."""
+        counted = self.traces.counted
+        if counted is None or self.traces.sequence_level:
+            return torch.zeros(len(sequences) * self.traces.length, dtype=torch.bool, device=device)
+        return ~torch.as_tensor(counted[sequences], device=device).flatten()
 
 
 def _is_all(value: Any) -> bool:
@@ -218,14 +229,20 @@ def _check_queries(given: Any, traces: Traces) -> tuple[Numbers, Numbers | None]
     """Sequence numbers of the queries, and for tokens their positions from 0."""
     if traces.sequence_level:
         return _sequence_numbers("queries", given, traces.num_sequences), None
-    allowed = f"pairs (sequence in [0, {traces.num_sequences - 1}], target_position in [1, {traces.length}])"
+    first, last = traces.first_position, traces.first_position + traces.length - 1
+    allowed = f"pairs (sequence in [0, {traces.num_sequences - 1}], target_position in [{first}, {last}])"
     try:
         pairs = np.asarray([tuple(pair) for pair in given])
     except (TypeError, ValueError) as error:
         raise InputTypeError(got("queries", given, allowed, "Try [(0, 1)].")) from error
     if pairs.ndim != 2 or pairs.shape[1] != 2 or pairs.dtype.kind not in "iu":
         raise InputTypeError(got("queries", given, allowed, "Try [(0, 1)]."))
-    limits = (0, 1), (traces.num_sequences - 1, traces.length)
+    limits = (0, first), (traces.num_sequences - 1, last)
     if (pairs < limits[0]).any() or (pairs > limits[1]).any():
-        raise InputValueError(got("queries", given, allowed, "target_position counts from 1."))
-    return pairs[:, 0].astype(np.int64), pairs[:, 1].astype(np.int64) - 1
+        raise InputValueError(got("queries", given, allowed, f"target_position counts from {first}."))
+    sequences, positions = pairs[:, 0].astype(np.int64), pairs[:, 1].astype(np.int64) - first
+    counted = traces.counted
+    if counted is not None and not (there := counted[sequences, positions]).all():
+        fix = "It is padding, or its label is -100."
+        raise InputValueError(got("queries", tuple(pairs[~there][0].tolist()), "a position whose loss counts", fix))
+    return sequences, positions

@@ -39,7 +39,7 @@ def matrix_coords(sides: Sides) -> dict[str, Numbers]:
     coords: dict[str, Numbers] = {"batch_1": sides.rows, "batch_2": sides.columns}
     if not sides.options.per_token:
         return coords
-    positions = np.arange(1, sides.traces.length + 1)
+    positions = _positions(sides)
     return coords | {"target_position": positions, "target_position_T": positions}
 
 
@@ -72,8 +72,12 @@ def of_queries(sides: Sides, progress: bool) -> xr.Dataset:
     )
     if sides.query_positions is None:
         return result
-    positions = np.arange(1, sides.traces.length + 1)
-    return result.assign_coords(target_position=positions, query_target_position=("query", sides.query_positions + 1))
+    asked = sides.query_positions + sides.traces.first_position
+    return result.assign_coords(target_position=_positions(sides), query_target_position=("query", asked))
+
+
+def _positions(sides: Sides) -> Numbers:
+    return np.arange(sides.traces.length) + sides.traces.first_position
 
 
 def strongest(sides: Sides, top_k: int, progress: bool) -> xr.Dataset:
@@ -109,7 +113,7 @@ def _without_repeats(sides: Sides, block: Floats, rows: Numbers, columns: Number
 
 def _table(sides: Sides, found: list[Strongest], length: int, dims: tuple[str, ...]) -> xr.Dataset:
     """The strongest entries as a table, with the sequences, positions and tokens that they stand for."""
-    ids = sides.traces.input_ids().values
+    first, ids = sides.traces.first_position, sides.traces.tokens()
     size = max(len(best.rows) for best in found)
 
     def column(values: list[npt.NDArray[Any]], fill: Any) -> tuple[tuple[str, ...], npt.NDArray[Any]]:
@@ -121,8 +125,9 @@ def _table(sides: Sides, found: list[Strongest], length: int, dims: tuple[str, .
         table[f"batch_{suffix}"] = column([n // length for n in numbers], -1)
         if sides.options.per_token:
             ending = "" if suffix == "1" else "_T"
-            table[f"target_position{ending}"] = column([n % length + 1 for n in numbers], -1)
-            table[f"token{ending}"] = column([ids[n // length, n % length + 1] for n in numbers], -1)
+            table[f"target_position{ending}"] = column([n % length + first for n in numbers], -1)
+            if ids is not None:
+                table[f"token{ending}"] = column([ids[n // length, n % length + first] for n in numbers], -1)
     return xr.Dataset(table)
 
 

@@ -15,8 +15,8 @@ from devinterp.errors import ChainsUnusable, StoreError
 from devinterp.slt.llc_parts import PARTS, of_observables, of_parts
 from devinterp.slt.sampling import sample
 from devinterp.slt.step_size import step_size_of
-from devinterp.store.reader import metadata_of, n_beta_of
-from devinterp.store.samples import Samples, draw_spans, of_chains, root_of, usable_chains
+from devinterp.store.reader import is_masked, metadata_of, n_beta_of
+from devinterp.store.samples import Samples, draw_spans, mean_init_loss, of_chains, root_of, usable_chains
 
 ERROR_OF_CORRECTION = 0.5
 """of the correction for the step size: its trace is that of one random direction, and its formula the first order"""
@@ -75,7 +75,8 @@ def compute_llc(
     Args:
         samples: a DataTree (or its root dataset, or the path of a store).
         on_diverged: "raise", or "drop" to leave out chains that diverged or failed, listed in the attributes.
-        per: also the LLC of each "sequence" or "token" of the observables; their mean is the observable's.
+        per: also the LLC of each "sequence" or "token" of the observables; their mean is the observable's. NaN for losses
+            that do not count.
         correct_step_size: take `step_size_bias` off `llc_mean`, `llc_scalar` and `llc_per_chain`, and add half of it, as an
             error of its own, to `llc_sem`. Needs an SGLD or Leimkuhler-Matthews run with a known curvature.
 
@@ -116,7 +117,7 @@ def compute_llc(
             "step_size_bias": bias,
             "loss_trace": traces["loss"],
             "excess_trace": traces["excess"],
-            "init_loss": ds["init_loss"].mean(["chain", "token_pos"], dtype=np.float64),
+            "init_loss": mean_init_loss(ds),
             "rhat": rhat(values),
             "ess_bulk": ess(values, "bulk"),
             **of_observables(ds, n_beta),
@@ -139,17 +140,25 @@ def compute_llc(
 def excess_losses(ds: xr.Dataset) -> xr.Dataset:
     """Of the sampling batch at each draw, (chain, draw) in float64.
 
-    `loss`, its mean; `excess`, the same minus that of the checkpoint on the same batch; and `batch_variance`, the part of the
-    variance of `excess` that is the batch's, by the spread of its sequences (NaN for batches of one).
+    `loss`, its mean over the losses that count; `excess`, the same minus that of the checkpoint on the same batch; and
+    `batch_variance`, the part of the variance of `excess` that is the batch's, by the spread of its sequences (NaN for batches
+    of one), each with the weight of its losses:
+
+        mean = sum_i w_i x_i / n,    batch_variance = sum_i w_i^2 (x_i - mean)^2 / (n (n - 1)),    w of mean 1
     """
-    parts = []
+    parts, masked = [], is_masked(ds)
     for span in draw_spans(ds):
         losses = ds["sampling_loss"].isel(draw=span).load()
         baseline = ds["baseline_loss"].isel(draw=span).load() if "baseline_loss" in ds else ds["init_loss"]
         loss = losses.mean("token_pos", dtype=np.float64)
         excess = loss - baseline.mean("token_pos", dtype=np.float64)
-        means = {"loss": loss.mean("batch"), "excess": excess.mean("batch")}
-        parts.append(xr.Dataset(means | {"batch_variance": _variance_of_mean(excess)}))
+        weight: Any = 1.0
+        if masked:
+            count = losses.notnull().sum("token_pos")
+            weight = count / count.mean("batch")
+        means = {"loss": (weight * loss).mean("batch"), "excess": (weight * excess).mean("batch")}
+        spread = weight * (excess - means["excess"])
+        parts.append(xr.Dataset(means | {"batch_variance": _variance_of_mean(spread)}))
     found = xr.concat(parts, "draw", coords="minimal", compat="override", join="override").transpose("chain", "draw")
     if not np.isfinite(found["excess"]).all():
         raise ChainsUnusable("the samples hold losses that are not finite. Look at sampling_loss; drop those chains.")

@@ -18,6 +18,7 @@ from devinterp.slt.diagnosis import diagnose
 from devinterp.slt.requests import request_of
 from devinterp.slt.sampling import sample
 from devinterp.slt.weight_restrictions import create_param_masks
+from devinterp.store.samples import mean_init_loss, root_of
 
 RATIOS = (10.0, 1.0, 1e-1, 1e-2, 1e-3, 1e-4)
 """localization that is tried, as multiples of n_beta h_max"""
@@ -116,7 +117,7 @@ class Pilots:
         samples = self.run(name, **length, **settings)
         found = diagnose(samples)
         verdicts = sorted(set(found.verdict.values.tolist()) - {"healthy", "too short"})  # the run itself is longer
-        start = float(samples["init_loss"].mean())
+        start = float(mean_init_loss(root_of(samples)))
         excess = float(found.llc_mean) / self.fixed["n_beta"]
         limit = self._limit(start)
         if excess > limit:

@@ -9,16 +9,17 @@ from torch import Tensor
 
 from devinterp.engine.batches import Batches
 from devinterp.engine.chain import Plan
-from devinterp.engine.checkpoint import Checkpoint, check_loss
+from devinterp.engine.checkpoint import Checkpoint
 from devinterp.engine.curvature import StepSize, choose_step_size, given_step_size
 from devinterp.engine.dispatch import Site, elsewhere
 from devinterp.engine.forward import Forward
 from devinterp.engine.metric import with_metric
+from devinterp.engine.observables import Observable
 from devinterp.engine.placement import Placement, decide, threads
 from devinterp.engine.proof import find_forward, precision_error, steps_together
 from devinterp.engine.selection import Selection
 from devinterp.engine.settings import Paths, Settings
-from devinterp.engine.tokens import Observable
+from devinterp.engine.trials import check_loss
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def _planned(question: Question, forwards: Forwards) -> Planned:
     settings, paths, checkpoint, told = question.settings, question.paths, question.checkpoint, question.stored
     batch = question.batches.micro(0, 0)
     if question.is_first and question.largest_id is not None:
-        check_loss(checkpoint, checkpoint.ids(batch), question.largest_id)
+        check_loss(checkpoint, question.batches.objective, checkpoint.placed(batch), question.largest_id)
     selection = Selection.of(checkpoint.parameters, question.masks)
     moving = frozenset(piece.name for piece in selection.pieces)
     if moving not in forwards:

@@ -15,14 +15,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from devinterp.engine.batch import IDS
 from devinterp.engine.batches import Batches
 from devinterp.engine.cargo import Origin
-from devinterp.engine.checkpoint import Checkpoint, check_device, check_loss, check_model
+from devinterp.engine.checkpoint import Checkpoint, check_device, check_model
 from devinterp.engine.dispatch import Site, device_type
+from devinterp.engine.observables import Observable, check_observables
 from devinterp.engine.placement import num_cores
+from devinterp.engine.rows import Rows, check_rows, warn_about_padding
 from devinterp.engine.selection import check_masks
 from devinterp.engine.settings import Paths, Settings, choice, settings_and_paths
-from devinterp.engine.tokens import Observable, Tokens, check_observables, check_tokens, warn_about_padding
+from devinterp.engine.trials import check_loss, find_objective
 from devinterp.engine.workers import Workers, check_workers
 from devinterp.errors import InputTypeError, InputValueError, got
 from devinterp.samplers import SAMPLERS
@@ -64,7 +67,7 @@ class Inputs:
         settings: Settings,
         *,
         device: str | torch.device | None = None,
-        loss_fn: Callable[[nn.Module, Tensor], Tensor] | None = None,
+        loss_fn: Callable[[nn.Module, Any], Tensor] | None = None,
         loss_fn_id: str | None = None,
         on_diverged: str = "record",
         paths: Paths,
@@ -78,22 +81,25 @@ class Inputs:
         checked_device = _device(model, device, workers)
         if loss_fn is not None and not callable(loss_fn):
             fix = "None takes the next-token cross-entropy."
-            raise InputTypeError(got("loss_fn", loss_fn, "a function (model, input_ids) -> per-token loss", fix))
-        tokens = check_tokens("dataset", dataset, at_least=settings.batch_size)
-        seen = check_observables(observables, tokens.length, settings.batch_size, settings.batches_per_draw, settings.obs_seed)
-        _warn_about_inputs(model, settings, tokens)
+            raise InputTypeError(got("loss_fn", loss_fn, "a function (model, batch) -> loss per row or per position", fix))
+        own = loss_fn is not None
+        rows = check_rows("dataset", dataset, at_least=settings.batch_size, has_loss_fn=own)
+        per_draw, seed = settings.batches_per_draw, settings.obs_seed
+        seen = check_observables(observables, rows, settings.batch_size, per_draw, seed, has_loss_fn=own)
+        _warn_about_inputs(model, settings, rows)
         source = Source.of(model, loss_fn, loss_fn_id)
         checkpoint = Checkpoint(model, loss_fn, checked_device, settings.train_mode)
+        objective = find_objective(checkpoint, rows, settings.batch_size, seen)
+        batches, seen = Batches.of(rows, objective, settings), tuple(map(objective.observed, seen))
         asked = None if device is None or workers.are_known else str(device)
         device_type_there = checked_device.type if workers.are_known else device_type(workers, asked)
         return cls(
-            model, checkpoint, source, settings, Batches.of(tokens, settings), seen, on_diverged, paths, workers, asked,
-            device_type_there, origin,
+            model, checkpoint, source, settings, batches, seen, on_diverged, paths, workers, asked, device_type_there, origin,
         )  # fmt: skip
 
     @property
     def largest_id(self) -> int:
-        return max([self.batches.tokens.largest, *(int(observable.ids.max()) for observable in self.observables)])
+        return max([self.batches.rows.largest_id, *(observable.largest_id for observable in self.observables)])
 
     @property
     def num_rows(self) -> int:
@@ -105,7 +111,8 @@ class Inputs:
     def probe(self, path: Path | None) -> None:
         """One batch through the model, before anything is computed or made."""
         began = time.monotonic()
-        check_loss(self.checkpoint, self.checkpoint.ids(self.batches.micro(0, 0)), self.largest_id)
+        first = self.checkpoint.placed(self.batches.micro(0, 0))
+        check_loss(self.checkpoint, self.batches.objective, first, self.largest_id)
         if path is None:
             _warn_about_losing(self.settings, time.monotonic() - began)
 
@@ -158,7 +165,7 @@ class Request:
         return told_of_the_disk(self.path, stored_bytes(*self.layout()))
 
     def layout(self) -> tuple[dict[str, Variable], dict[str, int]]:
-        return layout(self.inputs.settings, self.inputs.batches.tokens.length, self.inputs.observables)
+        return layout(self.inputs.settings, self.inputs.batches, self.inputs.observables)
 
     def stored(self) -> Stored | None:
         """The run at the path if it is this one; refuses any other thing that is there."""
@@ -261,15 +268,15 @@ def _check_memory(inputs: Inputs, masks: Mapping[str, Tensor | None]) -> None:
         )
 
 
-def _warn_about_inputs(model: nn.Module, settings: Settings, tokens: Tokens) -> None:
+def _warn_about_inputs(model: nn.Module, settings: Settings, rows: Rows) -> None:
     settings.warn_about()
     wanted = settings.num_init_loss_batches * settings.gradient_accumulation_steps * settings.batch_size
-    if tokens.num_rows < wanted:
-        _warn(f"dataset has {tokens.num_rows} sequences and init_loss wants {wanted}: some are counted more than once.")
+    if rows.num_rows < wanted:
+        _warn(f"dataset has {rows.num_rows} rows and init_loss wants {wanted}: some are counted more than once.")
     config = getattr(model, "config", None)
     pad, eos = getattr(config, "pad_token_id", None), getattr(config, "eos_token_id", None)
-    if isinstance(pad, int) and pad != eos:
-        warn_about_padding(tokens.rows(np.arange(min(tokens.num_rows, 1000))), pad)
+    if isinstance(pad, int) and pad != eos and rows.form == IDS:
+        warn_about_padding(rows.batch(np.arange(min(rows.num_rows, 1000))).given, pad)
     if settings.train_mode and any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules()):
         _warn("train_mode=True: dropout adds noise to every gradient, beyond that of the sampler.")
     if settings.train_mode and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()):

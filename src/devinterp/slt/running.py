@@ -167,7 +167,9 @@ def _opened(begun: _Begun, found: Planned | Exception) -> Run:
         raise found
     request, inputs = begun.request, begun.request.inputs
     plan = begun.question.plan(found)
-    metadata = metadata_for(inputs.settings, inputs.model, inputs.observables, request.fingerprint, inputs.device_type)
+    metadata = metadata_for(
+        inputs.settings, inputs.model, inputs.batches, inputs.observables, request.fingerprint, inputs.device_type
+    )
     metadata |= found.described | {"step_size": asdict(found.step_size)}
     store = open_writer(begun.folder, plan, metadata, begun.known, resume=inputs.paths.resume)
     return Run(request, plan, store, found.placement)

@@ -46,7 +46,7 @@ def sample(
     device: str | torch.device | None = None,
     save_metrics: bool = False,
     output_path: str | os.PathLike[str] | None = None,
-    loss_fn: Callable[[nn.Module, Tensor], Tensor] | None = None,
+    loss_fn: Callable[[nn.Module, Any], Tensor] | None = None,
     loss_fn_id: str | None = None,
     train_mode: bool = False,
     on_diverged: str = "record",
@@ -75,8 +75,10 @@ def sample(
 
     Args:
         model: any module mapping `input_ids` (batch, token) to logits or to an object with `.logits`; with `loss_fn`, anything.
-        dataset: a Hugging Face Dataset with an `input_ids` column of equal-length sequences.
-        observables: name -> Dataset or (Dataset, number of batches); may be empty.
+        dataset: a Hugging Face Dataset with an `input_ids` column of equal-length sequences; also `attention_mask` and `labels`
+            (-100 = no loss), which leave padding out of every mean. With `loss_fn`, any columns of numbers: a Dataset, a torch
+            Dataset, a dict or tuple of tensors such as (x, y) (docs/other_models.md).
+        observables: name -> data, or (data, number of batches), of the same columns; may be empty.
         lr: step size, or "auto": 1 / (n_beta h_max + localization + llc_weight_decay), h_max the largest Hessian
             eigenvalue at the checkpoint and after a short pilot (a quarter of that for SGLD, in the metric where there is
             one, not offered for RMSprop and Adam).
@@ -111,7 +113,9 @@ def sample(
         output_path: directory of the Zarr store; None = temporary, deleted when Python exits. The same call again goes on
             where an interrupted one has stopped, and returns a finished run at once; with more chains or draws it adds them.
             What going on needs is kept beside it, in `<output_path>.run`.
-        loss_fn: (model, input_ids) -> per-token loss (batch, token - 1); default next-token cross-entropy.
+        loss_fn: (model, input_ids) -> per-token loss (batch, token - 1); default next-token cross-entropy. Of data with other
+            columns (model, batch) -> loss per row (batch,) or per position (batch, position), in nats; the batch is a dict of
+            tensors, or a tuple where the data was one.
         loss_fn_id: stands for loss_fn where a stored run is recognised: change it whenever the function changes. None = a
             fingerprint of its code and of everything that it captures and uses.
         train_mode: sample with dropout and batch-norm updates on, from a hashed seed.
@@ -133,7 +137,7 @@ def sample(
 
     Returns:
         A lazily read DataTree with `sampling_loss` and `baseline_loss` (nats), `loss_{obs}`, `init_loss`, `step_loss`,
-        `chain_status` and more; all variables are listed in docs/store.md.
+        `chain_status` and more; all variables are listed in docs/store.md. Losses that do not count are NaN.
 
     Raises:
         DevinterpInputError: an argument cannot be used; before any chain starts and before any file is made.

@@ -41,7 +41,7 @@ def errors_of(suite: Suite, name: str, mean_over: str | None, full: MeansAndErro
             errors = [one_chain_errors(g, d) for d in traces]
         else:
             errors = [two_chain_errors(g, d, *known) for d, known in zip(traces, full[observable], strict=True)]
-        found[observable] = np.stack(errors).ravel()
+        found[observable] = np.concatenate([np.ravel(error) for error in errors])
     return found
 
 
@@ -52,21 +52,23 @@ def _task_losses(suite: Suite, name: str) -> Doubles:
 
 
 def _differences(suite: Suite, name: str, observable: str, task: Doubles, mean_over: str | None) -> Iterator[Doubles]:
-    """d = (L - l) - (L - l)(w0), sequence by sequence: (chain, draw, token_pos), (chain, draw) of means over sequences, or
-    once (chain, draw) of the mean over all."""
+    """d = (L - l) - (L - l)(w0), sequence by sequence: (chain, draw, position) of the losses that count, (chain, draw) of means
+    over sequences, or once (chain, draw) of the mean over all."""
     batch = f"batch_{observable}"
     losses = suite.runs[name][f"loss_{observable}"].transpose("chain", "draw", batch, "token_pos")
     start: Any = at_checkpoint(suite)[1][observable]
     total, count = np.zeros_like(task), losses.sizes[batch]
+    counted = suite.counted(observable)
     for span in spans(count, max(1, READ_BYTES * count // (4 * losses.size))):
         read = losses.isel({batch: span}).values
         for number in range(span.start, span.stop):
-            d = task[..., None] - read[:, :, number - span.start].astype(np.float64) - start[number]
+            there = counted[number]
+            d = task[..., None] - read[:, :, number - span.start, there].astype(np.float64) - start[number, there]
             if mean_over is None:
                 yield d
             elif mean_over == "sequence":
                 yield d.mean(axis=2)
             else:
-                total += d.mean(axis=2) / count
+                total += d.mean(axis=2) * (there.sum() / counted.sum())
     if mean_over == "dataset":
         yield total

@@ -9,11 +9,11 @@ import numpy.typing as npt
 import xarray as xr
 
 from devinterp.analysis.susceptibility import Doubles, Moments, standardised
-from devinterp.engine.tokens import stored_name
+from devinterp.engine.observables import stored_name
 from devinterp.errors import DevinterpError, InputTypeError, InputValueError, StoreError, got
-from devinterp.store.reader import metadata_of, observable_names
-from devinterp.store.samples import Samples, draws_in_parts, of_chains, root_of, usable_chains
-from devinterp.store.traces import chosen_observables
+from devinterp.store.reader import metadata_of, observable_names, shift_of
+from devinterp.store.samples import Samples, counted_of, draws_in_parts, of_chains, root_of, usable_chains
+from devinterp.store.traces import chosen_observables, contents_of, has_tokens
 
 FULL = "full"
 """The name of the run of the whole model"""
@@ -74,6 +74,11 @@ class Suite:
         """Where everything that the runs share is read from."""
         return self.runs[FULL] if FULL in self.runs else next(iter(self.runs.values()))
 
+    def counted(self, observable: str) -> npt.NDArray[np.bool_]:
+        """Which losses of an observable count, shape (batch, token_pos)."""
+        known, sizes = counted_of(self.first, observable), self.first.sizes
+        return np.ones((sizes[f"batch_{observable}"], sizes["token_pos"]), dtype=bool) if known is None else known
+
     def told(self) -> dict[str, Any]:
         ds = self.first
         told = metadata_of(ds)["config"]["sampler"] if "metadata" in ds.attrs else {}
@@ -109,7 +114,7 @@ def moments_of(suite: Suite, name: str) -> dict[str, Moments]:
             losses = one[f"loss_{observable}"].transpose("draw", f"batch_{observable}", "token_pos")
             for mean, part in zip(means, draws_in_parts(losses), strict=True):
                 moments.add(mean - task_start, mean[:, None, None] - part.values.astype(np.float64) - starts[observable])
-    if not all(np.isfinite(moments.d).all() and np.isfinite(moments.gd).all() for moments in found.values()):
+    if not all(np.isfinite(sums[suite.counted(o)]).all() for o, moments in found.items() for sums in (moments.d, moments.gd)):
         raise StoreError("the samples hold losses that are not finite. Look at them; drop those chains.")
     return found
 
@@ -121,11 +126,12 @@ def table(
     standardize: bool,
     mean_over: str | None,
 ) -> xr.DataTree:
-    """One column per restriction, one row per token (or sequence, or observable), and the tokens' contexts.
+    """One column per restriction, one row per loss that counts (or sequence, or observable), and the tokens' contexts.
 
-    `found` is of single tokens; `errors` of the rows of the result, none where they are not wanted.
+    `found` is of single losses; `errors` of the rows of the result, none where they are not wanted.
     """
-    values = _columns(suite, found)
+    counted = {o: suite.counted(o) for o in suite.names}
+    values = _columns(suite, [{o: one[o][counted[o]] for o in suite.names} for one in found])
     extra: dict[str, Any] = {}
     scale: Any = 1.0
     if standardize:
@@ -134,22 +140,23 @@ def table(
         scale = np.where(np.isnan(values[0]), np.nan, deviation)
     if errors:
         extra["sus_sem"] = (("sus_flat", "wr"), _columns(suite, errors) / scale)
-    shapes = [found[0][o].shape for o in suite.names]
-    grid = _grid(shapes, ("batch", "target_position"), start=1)
+    grid = _grid([found[0][o].shape for o in suite.names], ("batch", "target_position"), start=shift_of(suite.first) or 0)
+    kept = np.concatenate([counted[o].ravel() for o in suite.names])
+    grid = {name: numbers[kept] for name, numbers in grid.items()}
     if mean_over is not None:
         values, grid = averaged(values, grid, by_sequence=mean_over == "sequence")
     sus = xr.Dataset(
         {"sus": (("sus_flat", "wr"), values), **extra}, coords={"wr": np.asarray(suite.restricted, dtype=object)}
     )  # Zarr has no fixed-length strings
-    ids = [suite.first[f"input_ids_{o}"].values for o in suite.names]
-    ids = [part[(0,) * (part.ndim - 2)] for part in ids]  # devinterp 2.0 repeats them for every chain and draw
-    context = xr.Dataset({"input_ids": ("ctx_flat", np.concatenate([part.ravel() for part in ids]))})
+    contents = [contents_of(suite.first, o) for o in suite.names]
+    what, dims = ("input_ids", ("batch", "position")) if has_tokens(suite.first, suite.names) else ("row", ("batch",))
+    context = xr.Dataset({what: ("ctx_flat", np.concatenate([part.ravel() for part in contents]))})
     named = {"dataset_id_to_name": list(suite.names)}
     return xr.DataTree.from_dict(
         {
             "/susceptibilities": sus.assign_coords({k: ("sus_flat", v) for k, v in grid.items()}).assign_attrs(named),
             "/context": context.assign_coords(
-                {k: ("ctx_flat", v) for k, v in _grid([p.shape for p in ids], ("batch", "position"), 0).items()}
+                {k: ("ctx_flat", v) for k, v in _grid([part.shape for part in contents], dims, 0).items()}
             ).assign_attrs(named),
         }
     )
@@ -163,11 +170,12 @@ Grid = dict[str, npt.NDArray[np.int64]]
 """Coordinates of the rows of a table"""
 
 
-def _grid(shapes: Sequence[tuple[int, ...]], names: tuple[str, str], start: int) -> Grid:
-    """Observable, sequence and position of every row; positions count from `start`."""
-    parts = [np.stack([np.full(shape, number), *np.indices(shape)]).reshape(3, -1) for number, shape in enumerate(shapes)]
-    dataset_id, batch, position = np.concatenate(parts, axis=1)
-    return {"dataset_id": dataset_id, names[0]: batch, names[1]: position + start}
+def _grid(shapes: Sequence[tuple[int, ...]], names: tuple[str, ...], start: int) -> Grid:
+    """Observable, sequence and where there is one position of every row; positions count from `start`."""
+    parts = [np.stack([np.full(s, number), *np.indices(s)]).reshape(1 + len(s), -1) for number, s in enumerate(shapes)]
+    dataset_id, batch, *positions = np.concatenate(parts, axis=1)
+    grid = {"dataset_id": dataset_id, names[0]: batch}
+    return grid | {name: position + start for name, position in zip(names[1:], positions, strict=True)}
 
 
 def averaged(values: Doubles, grid: Grid, by_sequence: bool) -> tuple[Doubles, Grid]:
@@ -206,10 +214,8 @@ def _check_same(first: str, reference: xr.Dataset, name: str, ds: xr.Dataset, ob
     different = [key for key in one | other if key not in FREE and one.get(key) != other.get(key)]
     if not _same_step_size(reference, ds):
         different.append("lr")
-    for observable in sorted(observables):
-        ids = f"input_ids_{observable}"
-        if ids not in ds or not np.array_equal(reference[ids].values, ds[ids].values):
-            different.append(f"tokens of observable {observable}")
+    others = [observable for observable in sorted(observables) if not _same_contents(reference, ds, observable)]
+    different += [f"tokens of observable {observable}" for observable in others]
     masks = [ds_settings.get("param_masks") for ds_settings in (one, other)]
     if first == FULL and name != FULL and masks[0] is not None and masks[0] == masks[1]:
         fix = "Is one of them at the wrong name?"
@@ -219,6 +225,12 @@ def _check_same(first: str, reference: xr.Dataset, name: str, ds: xr.Dataset, ob
             f"wr_map: the runs {first!r} and {name!r} differ in more than their masks: {', '.join(different)}. Sample both "
             "with the same data and settings."
         )
+
+
+def _same_contents(one: xr.Dataset, other: xr.Dataset, observable: str) -> bool:
+    """The same tokens, or rows; what else their data hold is compared by the runs' identities."""
+    names = [name for name in (f"input_ids_{observable}", f"row_{observable}") if name in one]
+    return bool(names) and all(name in other and np.array_equal(one[name].values, other[name].values) for name in names)
 
 
 def _settings_of(ds: xr.Dataset) -> dict[str, Any]:

@@ -11,9 +11,9 @@ import torch
 import xarray as xr
 from torch import Tensor, nn
 
+from devinterp.engine.observables import stored_name
 from devinterp.engine.progress import Progress
 from devinterp.engine.settings import choice, settings_and_paths, switch
-from devinterp.engine.tokens import stored_name
 from devinterp.errors import ChainsUnusable, DevinterpInputError, InputTypeError, InputValueError, got
 from devinterp.slt.control import CONTROL, check_control, control_of
 from devinterp.slt.requests import Inputs, Request, at_step_size, check_stored, path_of_run
@@ -36,7 +36,7 @@ def susceptibilities(
     sampling_task: str,
     lr: float | str,
     n_beta: float,
-    loss_fn: Callable[[nn.Module, Tensor], Tensor] | None = None,
+    loss_fn: Callable[[nn.Module, Any], Tensor] | None = None,
     loss_fn_id: str | None = None,
     include_sampling_task: bool = False,
     estimator: str = "two_chain",
@@ -106,7 +106,7 @@ def susceptibilities(
         if control
     }
     count = len(requests) + len(controls)
-    check_space(requests[FULL].path, *layout(chosen, inputs.batches.tokens.length, inputs.observables), count=count)
+    check_space(requests[FULL].path, *layout(chosen, inputs.batches, inputs.observables), count=count)
     check_stored(requests[FULL], [*list(requests.values())[1:], *controls.values()])
     with Progress(count * inputs.num_rows, FULL, progress) as bar:
         runs, of_prior, failed = _run_all(requests, controls, on_diverged, bar)
@@ -173,7 +173,9 @@ def compute_susceptibilities(
     Returns:
         DataTree with `/susceptibilities`: `sus` and `sus_sem` (sus_flat, wr) with coordinates `wr` (without "full"),
         `dataset_id`, `batch`, `target_position` (from 1; those that remain with `mean_over`), in nats squared unless
-        standardised; and `/context`: `input_ids` (ctx_flat) with `dataset_id`, `batch`, `position`.
+        standardised; and `/context`: `input_ids` (ctx_flat) with `dataset_id`, `batch`, `position`. Losses that do not count
+        (padding) have no row. Of data without token ids positions count from 0, and `/context` has `row`, the number of each
+        row in its data.
         `attrs["dataset_id_to_name"]` has the observables.
 
     Raises:

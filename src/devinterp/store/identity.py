@@ -12,8 +12,8 @@ import xxhash
 from torch import Tensor, nn
 
 from devinterp.engine.batches import Batches
+from devinterp.engine.observables import Observable
 from devinterp.engine.settings import Settings
-from devinterp.engine.tokens import Observable
 from devinterp.errors import InputTypeError, InputValueError, got, shown
 from devinterp.store.fingerprints import Unreadable, architecture, fingerprint, ties
 
@@ -98,8 +98,8 @@ def identity(
         "tied weights": source.ties,
         "weights and buffers of the model": digest,
         "param_masks": mask_digest(masks),
-        "dataset": batches.tokens.digest,
-        **{f"observable {observable.name}": observable.digest for observable in observables},
+        **batches.rows.fingerprints("dataset"),
+        **{name: digest for observable in observables for name, digest in observable.fingerprints().items()},
         "loss_fn": source.loss_fn,
         "device type": device_type,
     }
@@ -135,7 +135,7 @@ def differences(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str
 def _difference(name: str, old: Any, new: Any) -> str:
     if name == "loss_fn" and all(str(value).startswith("fingerprint ") for value in (old, new)):
         return "another function (fingerprint)"
-    if name in ANOTHER or name.startswith("observable "):
+    if name in ANOTHER or name.startswith(("observable ", "dataset column ")):
         return ANOTHER.get(name, "other values")
     return f"stored {old!r}, asked {new!r}"
 

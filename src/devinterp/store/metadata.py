@@ -27,6 +27,12 @@ COUNT: Check = (_is_count, "a whole number, not negative")
 LINE: Check = (_is_line, "a short text without control characters")
 WAY: Check = (lambda value: value in ("processes", "vmap", "sequential"), "processes, vmap or sequential")
 THREADS: Check = (lambda value: type(value) is int and 1 <= value <= 4096, "a whole number from 1 to 4096")
+SHIFT: Check = (lambda value: value is None or (type(value) is int and value in (0, 1)), "0, 1 or null")
+SWITCH: Check = (lambda value: isinstance(value, bool), "true or false")
+NAMES: Check = (
+    lambda value: isinstance(value, dict) and all(_is_line(text) for pair in value.items() for text in pair),
+    "an object of short texts",
+)
 OBJECT: Check = (lambda value: isinstance(value, dict), "a JSON object")
 
 SAMPLER = {
@@ -39,6 +45,7 @@ PARTS: dict[str, tuple[dict[str, Check], set[str]]] = {
     "identity": ({}, set()),
     "step_size": (STEP_SIZE, {"lr"}),
     "computed": ({"way": WAY, "threads": THREADS}, {"way", "threads"}),
+    "data": ({"shift": SHIFT, "masked": SWITCH, "columns": OBJECT, "stored_columns": NAMES}, {"shift", "masked", "columns"}),
     "model": ({"class": LINE, "parameters": COUNT}, {"class", "parameters"}),
 }
 """Parts that may be absent: the members that are looked at, and those that a part must have"""

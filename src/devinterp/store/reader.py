@@ -63,3 +63,16 @@ def observable_names(samples: xr.Dataset) -> list[str]:
     """Stored names of the observables, from the metadata: names may be prefixes of one another."""
     listed = metadata_of(samples)["config"].get("observables", []) if "metadata" in samples.attrs else []
     return [item["obs_id"] for item in listed if f"loss_{item['obs_id']}" in samples]
+
+
+def shift_of(samples: xr.Dataset) -> int | None:
+    """Loss t is of the token at t + this; None where it is of no token, or of one of a decoder."""
+    data = metadata_of(samples).get("data") if "metadata" in samples.attrs else None
+    shift: int | None = 1 if data is None else data["shift"]
+    return shift
+
+
+def is_masked(samples: xr.Dataset) -> bool:
+    """Whether losses that do not count, of padding for one, are stored as NaN."""
+    data = metadata_of(samples).get("data") if "metadata" in samples.attrs else None
+    return data is not None and bool(data["masked"])

@@ -91,18 +91,20 @@ def _raise_if_of_the_disk(error: Exception) -> None:
 def _record_baseline(task: Baseline, thread: Executor) -> Generator[Step, None, None]:
     plan, store, settings = task.plan, task.store, task.plan.settings
     names = [f"init_loss_{observable.name}" for observable in plan.observables]
-    with BaselineCommits(store, ["init_loss", *names], task.checkpoint_every) as commits:
+    of_sampling = [name for name in ("init_loss", "init_loss_count") if name in store.variables]
+    with BaselineCommits(store, [*of_sampling, *names], task.checkpoint_every) as commits:
         if task.source is not None:
-            store.copy(["init_loss", "baseline_loss", *names], task.source)
+            store.copy([*of_sampling, "baseline_loss", *names], task.source)
             commits.finish(store.files(["baseline_loss"]))
             return
         for name, observable in zip(names, plan.observables, strict=True):
             store.write(name, init_loss_of(plan, observable).cpu())
         shared = settings.match_sampling_input_ids_across_chains
         for stream in [0] if shared else range(settings.num_chains):
-            mean = init_loss(plan, stream).cpu()
-            for chain in range(settings.num_chains) if shared else [stream]:
-                store.write("init_loss", mean, chain)
+            told = zip(of_sampling, init_loss(plan, stream), strict=False)
+            for name, values in [(name, values.cpu()) for name, values in told]:
+                for chain in range(settings.num_chains) if shared else [stream]:
+                    store.write(name, values, chain)
             rows = commits.begin(Rows(store, None if shared else stream, thread), stream)
             for losses in baseline_losses(plan, stream, start=commits.draws(stream)):
                 rows.append("baseline_loss", losses)
@@ -206,7 +208,7 @@ class _Recording:
 
 def _append(rows: Rows, seen: Snapshot, num_steps: int) -> str:
     if seen.steps_taken < num_steps:
-        rows.append("step_loss", seen.losses.mean())
+        rows.append("step_loss", seen.mean_loss)
         for name, value in (seen.metrics or {}).items():
             rows.append(f"metrics_{name}", value)
     if seen.draw is None:
@@ -214,4 +216,4 @@ def _append(rows: Rows, seen: Snapshot, num_steps: int) -> str:
     rows.append("sampling_loss", seen.losses)
     for name, losses in seen.observables.items():
         rows.append(f"loss_{name}", losses)
-    return f"loss {seen.losses.mean().item():.3f}"
+    return f"loss {seen.mean_loss.item():.3f}"

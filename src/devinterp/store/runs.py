@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,13 @@ import numpy as np
 import xarray as xr
 from torch import nn
 
+from devinterp.engine.batches import Batches
 from devinterp.engine.chain import Plan
 from devinterp.engine.metrics import METRICS
+from devinterp.engine.observables import Observable
 from devinterp.engine.settings import Settings
-from devinterp.engine.tokens import Observable
 from devinterp.errors import InputValueError, RunMismatchError, StoreError, got, shown
+from devinterp.store.data import Data
 from devinterp.store.folder import RunFolder
 from devinterp.store.guard import attributes_of, check_kinds, check_store
 from devinterp.store.identity import differences, versions
@@ -40,7 +43,12 @@ def plain(value: dict[str, Any]) -> dict[str, Any]:
 
 
 def metadata_for(
-    settings: Settings, model: nn.Module, observables: Sequence[Observable], fingerprint: dict[str, Any], device_type: str
+    settings: Settings,
+    model: nn.Module,
+    batches: Batches,
+    observables: Sequence[Observable],
+    fingerprint: dict[str, Any],
+    device_type: str,
 ) -> dict[str, Any]:
     """Enough to repeat the run; `config` has the form that devinterp 2.0 wrote."""
     return {
@@ -56,6 +64,7 @@ def metadata_for(
         "device": device_type,
         "identity": fingerprint,
         "versions": versions(),
+        **Data(batches, tuple(observables)).told(),
     }
 
 
@@ -134,34 +143,45 @@ def _attributes(path: Path, record: Mapping[str, Any] | None) -> dict[str, Any]:
         raise InputValueError(got("output_path", str(path), "new, or a run of devinterp", fix)) from error
 
 
-def layout(settings: Settings, length: int, observables: Sequence[Observable]) -> tuple[dict[str, Variable], dict[str, int]]:
+def layout(
+    settings: Settings, batches: Batches, observables: Sequence[Observable]
+) -> tuple[dict[str, Variable], dict[str, int]]:
     """The stored variables of a run, and the sizes of their dims."""
-    described = variables(
+    data = Data(batches, tuple(observables))
+    described = partial(
+        variables,
         [observable.name for observable in observables],
         METRICS if settings.save_metrics else (),
         settings.match_sampling_input_ids_across_chains,
+        numbered=not data.is_plain,
+        masked=data.masked,
     )
     sizes = {
         "chain": settings.num_chains,
         "draw": settings.num_draws,
         "step": settings.num_steps,
         "batch": settings.batch_size * settings.gradient_accumulation_steps,
-        "token": length,
-        "token_pos": length - 1,
-        **{f"batch_{observable.name}": len(observable.ids) for observable in observables},
+        "token_pos": batches.objective.positions,
+        **{f"batch_{observable.name}": len(observable) for observable in observables},
+        **data.sizes(),
     }
-    return described, sizes
+    data.check_names([*described(columns=()), *sizes])
+    return described(columns=data.kept), sizes
 
 
-def unsampled(settings: Settings, length: int, observables: Sequence[Observable]) -> xr.Dataset:
+def unsampled(settings: Settings, batches: Batches, observables: Sequence[Observable]) -> xr.Dataset:
     """The dataset that a run will store, in shape alone: arrays of one repeated zero, which take no memory."""
-    described, sizes = layout(settings, length, observables)
+    described, sizes = layout(settings, batches, observables)
     arrays = {
         name: (variable.dims, np.broadcast_to(np.zeros((), variable.dtype), tuple(sizes[dim] for dim in variable.dims)))
         for name, variable in described.items()
     }
+    for observable in observables:
+        if (counted := observable.batch.counted) is not None:
+            arrays[f"init_loss_{observable.name}"] = (f"batch_{observable.name}", "token_pos"), np.where(counted, 0, np.nan)
     listed = [{"obs_id": observable.name} for observable in observables]
-    return xr.Dataset(arrays, attrs={"metadata": {"config": {"sampler": {}, "observables": listed}}})
+    told = Data(batches, tuple(observables)).told()
+    return xr.Dataset(arrays, attrs={"metadata": {"config": {"sampler": {}, "observables": listed}, **told}})
 
 
 @contextmanager
@@ -193,7 +213,7 @@ def open_writer(
     folder: RunFolder | None, plan: Plan, metadata: dict[str, Any], known: Stored | None, resume: bool = True
 ) -> StoreWriter:
     """The store of a run, made, or put in order where an earlier call left it. The caller is its only writer."""
-    described, sizes = layout(plan.settings, plan.batches.tokens.length, plan.observables)
+    described, sizes = layout(plan.settings, plan.batches, plan.observables)
     if folder is None:
         temporary = Path(tempfile.mkdtemp(prefix="devinterp-"))
         atexit.register(shutil.rmtree, temporary, ignore_errors=True)
@@ -225,8 +245,8 @@ def lay_out(store: StoreWriter, plan: Plan, sizes: Mapping[str, int], metadata: 
     for name, start in (("chain", 0), ("draw", 0), ("step", 1), ("token_pos", 0)):
         store.write(name, range(start, start + sizes[name]))
     store.write("n_beta", plan.settings.n_beta)
-    for observable in plan.observables:
-        store.write(f"input_ids_{observable.name}", observable.ids)
+    for name, values in Data(plan.batches, plan.observables).values():
+        store.write(name, values)
 
 
 def _put_in_order(folder: RunFolder, known: Stored, metadata: Mapping[str, Any], resume: bool) -> None:

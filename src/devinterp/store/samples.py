@@ -4,10 +4,11 @@ import os
 from collections.abc import Iterator
 
 import numpy as np
+import numpy.typing as npt
 import xarray as xr
 
 from devinterp.errors import ChainsUnusable, InputTypeError, StoreError, got, shown
-from devinterp.store.reader import observable_names, open_store
+from devinterp.store.reader import is_masked, observable_names, open_store, shift_of
 from devinterp.store.schema import COMPLETE, DIVERGED, RUNNING, STATUS_MEANINGS, variables
 
 Samples = xr.DataTree | xr.Dataset | str | os.PathLike[str]
@@ -35,6 +36,21 @@ def mean_per_draw(losses: xr.DataArray) -> xr.DataArray:
     return xr.concat(parts, "draw", coords="minimal", compat="override", join="override")
 
 
+def counted_of(ds: xr.Dataset, name: str) -> npt.NDArray[np.bool_] | None:
+    """Which losses of an observable count, shape (batch_{obs}, token_pos); None = all. Those that do not are stored as NaN."""
+    if not is_masked(ds):
+        return None
+    counted: npt.NDArray[np.bool_] = ds[f"init_loss_{name}"].notnull().transpose(f"batch_{name}", "token_pos").values
+    return counted
+
+
+def mean_init_loss(ds: xr.Dataset) -> xr.DataArray:
+    """Mean loss at the checkpoint over the first batches of the sampling stream, each loss that counts once."""
+    if not is_masked(ds):
+        return ds["init_loss"].mean(["chain", "token_pos"], dtype=np.float64)
+    return ds["init_loss"].astype(np.float64).weighted(ds["init_loss_count"]).mean(["chain", "token_pos"])
+
+
 def root_of(samples: Samples) -> xr.Dataset:
     if isinstance(samples, str | os.PathLike):
         samples = open_store(samples)
@@ -51,7 +67,8 @@ def root_of(samples: Samples) -> xr.Dataset:
 
 def _check_layout(ds: xr.Dataset) -> None:
     """Dims, sizes and kinds of what analyses read: a stranger's store has any."""
-    expected = variables(observable_names(ds), (), "chain" not in ds.get("baseline_loss", ds["sampling_loss"]).dims)
+    shared = "chain" not in ds.get("baseline_loss", ds["sampling_loss"]).dims
+    expected = variables(observable_names(ds), (), shared, numbered=True, masked=True)
     for name, variable in expected.items():
         if name not in ds or name == "n_beta":
             continue
@@ -63,8 +80,13 @@ def _check_layout(ds: xr.Dataset) -> None:
             got_ = f"{found.dtype} with sizes {shown(dict(found.sizes))}"
             raise StoreError(f"the samples' {name} is {got_}: must be {variable.dtype} over {dims}. Ask for another copy.")
     tokens, losses = ds.sizes.get("token"), ds.sizes.get("token_pos")
-    if tokens is not None and tokens != (losses or 0) + 1:
-        raise StoreError(f"the samples have {tokens} tokens and {losses} losses per sequence: must be one loss fewer.")
+    shift = shift_of(ds)
+    if tokens is not None and shift is not None and tokens != (losses or 0) + shift:
+        fewer = "one loss fewer" if shift else "as many"
+        raise StoreError(f"the samples have {tokens} tokens and {losses} losses per sequence: must be {fewer}.")
+    needed = [f"init_loss_{name}" for name in observable_names(ds)] + ["init_loss_count"]
+    if is_masked(ds) and (missing := [name for name in needed if name not in ds]):
+        raise StoreError(f"the samples lack {missing}, which tell the losses that do not count. Ask for another copy.")
 
 
 def of_chains(ds: xr.Dataset, kept: list[int]) -> xr.Dataset:

@@ -30,8 +30,33 @@ class Variable:
         return next((dim for dim in ("draw", "step") if dim in self.dims), None)
 
 
-def variables(observables: Sequence[str], metrics: Sequence[str], shared_batches: bool) -> dict[str, Variable]:
-    """All variables of a run, by stored name, the coordinates included."""
+@dataclass(frozen=True)
+class StoredColumn:
+    """A column of the data as it is stored for every observable; token ids are the case that needs no other."""
+
+    column: str
+    """as the caller named it"""
+    name: str
+    dims: tuple[str, ...]
+    dtype: str
+    meaning: str
+
+
+TOKEN_IDS = StoredColumn("input_ids", "input_ids", ("token",), "int64", "token ids")
+
+
+def variables(
+    observables: Sequence[str],
+    metrics: Sequence[str],
+    shared_batches: bool,
+    columns: Sequence[StoredColumn] = (TOKEN_IDS,),
+    numbered: bool = False,
+    masked: bool = False,
+) -> dict[str, Variable]:
+    """All variables of a run, by stored name, the coordinates included.
+
+    `numbered`: with the numbers of the observables' rows in the data that was given; `masked`: some losses do not count.
+    """
     baseline_dims = ("draw", "batch", "token_pos") if shared_batches else ("chain", "draw", "batch", "token_pos")
     status = {"flag_values": list(range(4)), "flag_meanings": " ".join(STATUS_MEANINGS)}
     found = {
@@ -59,7 +84,13 @@ def variables(observables: Sequence[str], metrics: Sequence[str], shared_batches
         found[f"init_loss_{name}"] = Variable(
             (batch, "token_pos"), "float32", f"loss at the checkpoint on observable {name}", "nats"
         )
-        found[f"input_ids_{name}"] = Variable((batch, "token"), "int64", f"token ids of observable {name}")
+        for column in columns:
+            meaning = f"{column.meaning} of observable {name}"
+            found[f"{column.name}_{name}"] = Variable((batch, *column.dims), column.dtype, meaning)
+        if numbered:
+            found[f"row_{name}"] = Variable((batch,), "int64", f"numbers of the rows of observable {name} in its data")
+    if masked:
+        found["init_loss_count"] = Variable(("chain", "token_pos"), "int64", "losses that init_loss is the mean of")
     for name in metrics:
         found[f"metrics_{name}"] = Variable(("chain", "step"), "float32", f"{name} of the parts of each update")
     return found

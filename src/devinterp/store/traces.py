@@ -2,15 +2,17 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import xarray as xr
 
-from devinterp.engine.tokens import stored_name
+from devinterp.engine.observables import stored_name
 from devinterp.errors import InputTypeError, InputValueError, StoreError, got
-from devinterp.store.reader import metadata_of, observable_names
+from devinterp.store.reader import metadata_of, observable_names, shift_of
+from devinterp.store.samples import counted_of
 
 Numbers = npt.NDArray[np.int64]
 
@@ -73,12 +75,44 @@ class Traces:
         last = ("draw",) if self.mean_over_chains else ("chain", "draw")
         return losses.transpose(f"batch_{name}", ..., *last).values.reshape(len(local) * self.length, self.observations)
 
-    def input_ids(self) -> xr.DataArray:
-        """Token ids of all sequences, dims (batch, position)."""
-        ids = [self.ds[f"input_ids_{name}"].values for name in self.names]
-        # devinterp 2.0 repeats them for every chain and draw
-        flat = [part[(0,) * (part.ndim - 2)] for part in ids]
-        return xr.DataArray(np.concatenate(flat), dims=("batch", "position"))
+    @property
+    def first_position(self) -> int:
+        """That of the first loss of a sequence, as `target_position` counts: a next token's position counts from 1."""
+        return shift_of(self.ds) or 0
+
+    @cached_property
+    def counted(self) -> npt.NDArray[np.bool_] | None:
+        """Which losses count, shape (num_sequences, token_pos); None = all."""
+        parts = [counted_of(self.ds, name) for name in self.names]
+        known = [part for part in parts if part is not None]
+        return np.concatenate(known) if known else None
+
+    def tokens(self) -> Numbers | None:
+        """Token ids by target_position, shape (sequences, position); None where losses are not those of tokens."""
+        known = shift_of(self.ds) is not None and has_tokens(self.ds, self.names)
+        return np.concatenate([contents_of(self.ds, name) for name in self.names]) if known else None
+
+    def contents(self) -> dict[str, xr.DataArray]:
+        """What all sequences are: `input_ids` (batch, position), or of other data `row` (batch), numbers in what was given."""
+        name, dims = ("input_ids", ("batch", "position")) if has_tokens(self.ds, self.names) else ("row", ("batch",))
+        return {name: xr.DataArray(np.concatenate([contents_of(self.ds, one) for one in self.names]), dims=dims)}
+
+
+def has_tokens(ds: xr.Dataset, names: Sequence[str]) -> bool:
+    """Whether these observables are sequences of tokens."""
+    return all(f"input_ids_{name}" in ds for name in names)
+
+
+def contents_of(ds: xr.Dataset, name: str) -> Numbers:
+    """Token ids of an observable, shape (batch, token), or of other data the numbers of its rows, shape (batch,)."""
+    if f"input_ids_{name}" not in ds:
+        if f"row_{name}" not in ds:
+            raise StoreError(f"the samples lack both input_ids_{name} and row_{name}. Ask for another copy.")
+        rows: Numbers = ds[f"row_{name}"].values
+        return rows
+    ids: Numbers = ds[f"input_ids_{name}"].values
+    ids = ids[(0,) * (ids.ndim - 2)]  # devinterp 2.0 repeats them for every chain and draw
+    return ids
 
 
 def chosen_observables(ds: xr.Dataset, argument: str, asked: Any) -> list[str]:
