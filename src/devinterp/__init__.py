@@ -7,6 +7,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from devinterp.engine.origin import revisions
     from devinterp.slt.bif import bif, compute_bif
     from devinterp.slt.calibration import calibrate
     from devinterp.slt.diagnosis import describe, diagnose
@@ -32,6 +33,7 @@ _HOMES = {
     "calibrate": "devinterp.slt.calibration",
     "diagnose": "devinterp.slt.diagnosis",
     "describe": "devinterp.slt.diagnosis",
+    "revisions": "devinterp.engine.origin",
     "verify": "devinterp.store.verification",
     "default_nbeta": "devinterp.utils",
     "tokenize_and_concatenate": "devinterp.utils",
@@ -50,6 +52,7 @@ __all__ = [
     "diagnose",
     "llc",
     "preview_weight_restriction",
+    "revisions",
     "sample",
     "susceptibilities",
     "tokenize_and_concatenate",
