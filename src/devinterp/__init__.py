@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from devinterp.slt.patterning import compute_patterning
     from devinterp.slt.sampling import sample
     from devinterp.slt.susceptibilities import compute_susceptibilities, susceptibilities
+    from devinterp.slt.sweeps import sweep
     from devinterp.slt.weight_restrictions import create_param_masks, preview_weight_restriction
+    from devinterp.store.sweeps import open_sweep
     from devinterp.store.verification import verify
     from devinterp.utils import default_nbeta, tokenize_and_concatenate
 
@@ -33,6 +35,8 @@ _HOMES = {
     "calibrate": "devinterp.slt.calibration",
     "diagnose": "devinterp.slt.diagnosis",
     "describe": "devinterp.slt.diagnosis",
+    "sweep": "devinterp.slt.sweeps",
+    "open_sweep": "devinterp.store.sweeps",
     "revisions": "devinterp.engine.origin",
     "verify": "devinterp.store.verification",
     "default_nbeta": "devinterp.utils",
@@ -51,10 +55,12 @@ __all__ = [
     "describe",
     "diagnose",
     "llc",
+    "open_sweep",
     "preview_weight_restriction",
     "revisions",
     "sample",
     "susceptibilities",
+    "sweep",
     "tokenize_and_concatenate",
     "verify",
 ]

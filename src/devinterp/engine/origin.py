@@ -171,6 +171,20 @@ def checkpoints_in(folder: str | os.PathLike[str], argument: str = "checkpoints"
 
 
 @contextmanager
+def quiet() -> Iterator[None]:
+    """No bars of transformers for the length of the block: there is one for the whole."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+@contextmanager
 def _told(origin: Pretrained, argument: str) -> Iterator[None]:
     """Errors of transformers as ours: what was asked for, and the first line of what went wrong."""
     from safetensors import SafetensorError
