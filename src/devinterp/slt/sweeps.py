@@ -17,7 +17,7 @@ import xarray as xr
 from devinterp.engine.origin import quiet
 from devinterp.engine.placement import threads
 from devinterp.engine.progress import Part, Progress
-from devinterp.engine.stopping import heard_by_threads, stop_signals
+from devinterp.engine.stopping import Stop, heard_by_threads, stop_signals
 from devinterp.errors import ChainsUnusable, RunLocked, RunMismatchError, StorageError
 from devinterp.slt.running import run_to_store
 from devinterp.slt.susceptibilities import run_all
@@ -168,7 +168,11 @@ def _first(study: Study, left: list[str], made: Made) -> tuple[str, Requests] | 
             made.fail(name, error)
             continue
         try:
-            return name, study.requests(name, model)
+            requests = study.requests(name, model)
+            request = requests[study.of_each[0]]
+            with request.inputs.checkpoint.ready():
+                request.inputs.probe(request.path)
+            return name, requests
         except RunMismatchError as error:  # of this checkpoint alone: its weights are others than those stored
             made.fail(name, error)
     return None
@@ -215,7 +219,7 @@ def _side_by_side(work: list[partial[None]], under_way: int, kept: str) -> None:
     ):
         waiting: set[Future[None]] = set()
         while work:
-            waiting.add(pool.submit(copy_context().run, work.pop(0)))
+            waiting.add(pool.submit(copy_context().run, _unless_stopped, stop, work.pop(0)))
         errors: list[BaseException] = []
         while waiting:
             done, waiting = wait(waiting, timeout=SECONDS_BETWEEN_LOOKS, return_when=FIRST_COMPLETED)
@@ -227,3 +231,9 @@ def _side_by_side(work: list[partial[None]], under_way: int, kept: str) -> None:
         if errors:
             raise errors[0]
         stop.raise_if_asked(kept)
+
+
+def _unless_stopped(stop: Stop, work: partial[None]) -> None:
+    """A thread that is done takes what is next before it can be taken back."""
+    if stop.signal is None:
+        work()
