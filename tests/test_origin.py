@@ -77,11 +77,12 @@ def test_a_relative_path_means_the_same_from_any_folder(saved, monkeypatch, tmp_
     assert same(neox(1), pickle.loads(pickle.dumps(origin)).load())
 
 
-def test_the_hubs_cache_gives_each_revision_its_own_weights(hub):
+def test_the_hubs_cache_gives_each_revision_its_own_weights(hub, tmp_path):
     """In a process of its own: transformers reads the environment when it is imported."""
     code = f"""
 import sys; sys.path[:0] = {[str(Path(__file__).parent)]!r}
 import devinterp
+from cases import GOOD, random_tokens
 from test_origin import neox, same
 found = devinterp.revisions("some-lab/tiny-neox", ["step1", "step2"])
 assert list(found) == ["step1", "step2"]
@@ -92,13 +93,21 @@ for number, origin in enumerate(found.values(), start=1):
 from devinterp.engine.origin import origin_of
 assert same(neox(2), origin_of("some-lab/tiny-neox@step2").load())
 assert same(neox(2), origin_of("some-lab/tiny-neox@{"b" * 40}").load())
+tokens = random_tokens(vocabulary=50)
+tree = devinterp.sweep(found, tokens, {{}}, output_path=sys.argv[1], **GOOD)
+for number, name in enumerate(found, start=1):
+    alone = devinterp.sample(neox(number), tokens, {{}}, **GOOD)
+    assert (tree[name].sampling_loss.values == alone.sampling_loss.values).all(), name
+assert (tree["step1"].init_loss.values != tree["step2"].init_loss.values).any()
 try:
     origin_of("some-lab/tiny-neox@step3").check()
 except ValueError as error:
     print(error)
 """
     environment = {"HF_HUB_CACHE": str(hub), "HF_HUB_OFFLINE": "1", "PATH": "", "PYTHONPATH": ":".join(sys.path)}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "runs"], env=environment, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     assert "checkpoint='some-lab/tiny-neox@step3'" in done.stdout
 
@@ -121,6 +130,11 @@ def test_weights_that_would_be_random_are_refused(saved, tmp_path):
     model.gpt_neox.save_pretrained(tmp_path / "base")  # the trunk alone: transformers would make up an unembedding
     with pytest.raises(InputValueError, match="lm_head|embed_out"):
         origin_of(tmp_path / "base").load()
+
+
+def test_a_tokenizer_that_would_be_made_up_is_refused(saved):
+    with pytest.raises(InputValueError, match="a tokenizer beside it"):
+        Pretrained(str(saved / "checkpoint-1")).tokenizer()
 
 
 def test_what_is_not_there_or_not_whole_is_told(saved, tmp_path):

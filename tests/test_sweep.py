@@ -33,7 +33,8 @@ from devinterp.slt.sweep_forecast import forecast
 from devinterp.slt.sweep_study import Study
 from devinterp.slt.sweeps import carry_out
 from devinterp.store.durable import write_record
-from devinterp.store.sweeps import RECORD, check_names, safe_name, step_of
+from devinterp.store.samples import root_of
+from devinterp.store.sweeps import RECORD, Sweep, check_names, safe_name, step_of
 
 DATA = random_tokens()
 OBSERVABLES = {"pile": (random_tokens(seed=1), 1), "code": (random_tokens(seed=2), 1)}
@@ -255,7 +256,7 @@ def test_estimates_refuse_what_a_sweep_cannot_give(plain, suite, tmp_path):
     with pytest.raises(InputValueError, match="None with a sweep"):
         devinterp.compute_bif(tree, output_path=tmp_path / "b")
     with pytest.raises(InputTypeError, match=r"samples\['step512'\]"):
-        devinterp.compute_patterning(tree)
+        root_of(tree)
     damaged = tree.copy()
     damaged["step2"] = damaged["step2"].to_dataset(inherit=False).assign(chain_status=("chain", [1, 2]))
     with pytest.raises(ChainsUnusable, match=r"step2: chains 1 \(diverged\)"):
@@ -277,6 +278,7 @@ def test_an_unfinished_run_and_one_of_other_settings_are_told_of(plain, tmp_path
     assert tree.checkpoint.values.tolist() == ["step10"]
     assert tree.attrs["failed"]["step1"] == "it has not begun"
     assert "not finished" in tree.attrs["failed"]["step2"]
+    shutil.rmtree(tmp_path / "s" / "step1.zarr.run")
     devinterp.sample(
         TinyLM(seed=1), DATA, OBSERVABLES, output_path=tmp_path / "s" / "step1.zarr", **SETTINGS | {"n_beta": 11.0}
     )
@@ -398,7 +400,7 @@ def test_ctrl_c_stops_all_that_are_under_way_and_keeps_what_was_done(tmp_path):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     for name, begins in {"step1": True, "step2": True, "step3": False}.items():
         assert (tmp_path / "s" / f"{name}.zarr.run").exists() is begins, name
-    reasons = devinterp.store.sweeps.Sweep.read(tmp_path / "s").failed
+    reasons = Sweep.read(tmp_path / "s").failed
     assert reasons == {}, "an interrupted run has not failed"
 
 

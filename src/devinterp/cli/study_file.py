@@ -120,7 +120,7 @@ class StudyFile:
         try:
             return first.tokenizer("checkpoints")
         except DevinterpInputError as error:
-            raise InputValueError(f"{error} Or name another: tokenizer = 'EleutherAI/pythia-14m'.") from error
+            raise InputValueError(f"{error} Try tokenizer = 'EleutherAI/pythia-14m'.") from error
 
     def arguments(self) -> dict[str, Any]:
         """Of `devinterp.sweep`."""

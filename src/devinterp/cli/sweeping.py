@@ -2,6 +2,7 @@
 
 import json
 import math
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -38,7 +39,9 @@ def sweep_command(
         if plan.failed:
             raise typer.Exit(2)
         return
-    tree = sweep(**arguments)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "[0-9]+ of the sweep's")  # it is printed below
+        tree = sweep(**arguments)
     typer.echo(_as_json(_result_of(tree, asked)) if as_json else "", nl=as_json)
     if not as_json:
         print_sweep(tree)

@@ -51,7 +51,11 @@ class Pretrained:
 
         with _LOADING, _told(self, argument):
             # without the False, transformers asks at a terminal whether to run the code that comes with a checkpoint
-            return AutoTokenizer.from_pretrained(self.source, revision=self.revision, trust_remote_code=False)
+            found = AutoTokenizer.from_pretrained(self.source, revision=self.revision, trust_remote_code=False)
+        if len(found.get_vocab()) <= len(found.all_special_tokens):  # transformers makes up an empty one where there is none
+            fix = "It has none; name another."
+            raise InputValueError(got(argument, str(self), "a model with a tokenizer beside it", fix))
+        return found
 
     def check(self, argument: str = "checkpoint") -> None:
         """Whether it is there, from its small files alone; raises as `load` does."""
