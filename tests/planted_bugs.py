@@ -42,6 +42,7 @@ DIAGNOSIS, CALIBRATION = "tests/test_diagnosis.py", "tests/test_calibration.py"
 ERRORS, CONTROL, PATTERNS = "tests/test_error_bars.py", "tests/test_control.py", "tests/test_patterning.py"
 RMS, LOOP = "samplers/rmsprop_sgld.py", "engine/chain.py"
 PLM, NHT = "samplers/preconditioned_leimkuhler_matthews.py", "samplers/sgnht.py"
+SWEEP, ORIGIN = "tests/test_sweep.py", "tests/test_origin.py"
 SAMPLERS, METRIC = "tests/test_samplers.py", "tests/test_metric.py"
 
 BUGS = [
@@ -215,6 +216,17 @@ BUGS = [
     Bug("pilots that left the neighbourhood taken", "slt/pilots.py", "if excess > limit:", "if False:", CALIBRATION),
     Bug("half the burn-in", "slt/pilots.py", "(2 * math.log1p(", "(4 * math.log1p(", CALIBRATION),
     Bug("workers started where none may be", "engine/placement.py", "if multiprocessing.current_process().daemon:", "if False:", PLACE),
+    Bug("a revision is left out", "engine/origin.py", "self.source, revision=self.revision, trust_remote_code=False, output_loading_info=True", "self.source, trust_remote_code=False, output_loading_info=True", ORIGIN),
+    Bug("made-up weights are taken", "engine/origin.py", "if random := sorted(", "if random := sorted([])[:0] and sorted(", ORIGIN),
+    Bug("checkpoints sorted as text", "engine/origin.py", "key=lambda item: (item[0], item[1].name)", "key=lambda item: item[1].name", ORIGIN),
+    Bug("a relative path stays relative", "engine/origin.py", "return Pretrained(str(path.absolute()))", "return Pretrained(str(path))", ORIGIN),
+    Bug("a sweep's checkpoints mislabelled", "slt/sweep_results.py", "{dim: np.asarray(list(parts), dtype=object)}", "{dim: np.asarray(sorted(parts), dtype=object)}", SWEEP),
+    Bug("what failed is taken as stored", "store/sweeps.py", "known = sweep.failed.get(checkpoint) or", "known = None and", SWEEP),
+    Bug("other settings beside one another", "store/sweeps.py", "name not in FREE and made_with.get(name) != settings[name]", "False", SWEEP),
+    Bug("other settings in a sweep's folder", "slt/sweep_study.py", "        if lines:\n            raise RunMismatchError(str(self.folder), lines)", "        if False:\n            raise RunMismatchError(str(self.folder), lines)", SWEEP),
+    Bug("two checkpoints share a file", "store/sweeps.py", "if file in seen:", "if False:", SWEEP),
+    Bug("a linked store in a sweep is followed", "store/sweeps.py", "if path.is_symlink():", "if False:", SWEEP),
+    Bug("a stopped sweep takes the next", "slt/sweeps.py", "if stop.signal is None:\n        work()", "work()", SWEEP),
 ]  # fmt: skip
 
 

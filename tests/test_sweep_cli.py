@@ -68,6 +68,9 @@ def test_a_study_is_planned_made_and_found_again(study, cli, tmp_path, monkeypat
     assert f"{float(llc.llc_mean[1]):.3g}" in done.stdout
     assert llc.attrs["localization"] == 300, "the command line's own choice"
     assert devinterp.open_sweep(tmp_path / "runs")["checkpoint-5"].sizes["batch_few"] == 8
+    shown = cli("show", tmp_path / "runs").stdout
+    assert shown in done.stdout
+    assert "checkpoint-50 " in shown
     again = cli("sweep", "study.toml", "--json")
     assert again.stderr.count("nothing to compute") == 2
     found = json.loads(again.stdout)

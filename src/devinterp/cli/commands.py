@@ -32,11 +32,16 @@ def llc_command(job: Job) -> None:
 
 
 def show_command(store: Annotated[Path, typer.Argument(help="Directory of a store.")]) -> None:
-    """Summarise a store: settings, chains, losses, LLC."""
+    """Summarise a store: settings, chains, losses, LLC; of a sweep, the LLC of each run."""
+    from devinterp.cli.sweeping import print_sweep
     from devinterp.slt.llc import compute_llc
     from devinterp.store.reader import open_store
     from devinterp.store.samples import root_of
+    from devinterp.store.sweeps import is_sweep, open_sweep
 
+    if is_sweep(store):
+        print_sweep(open_sweep(store))
+        return
     samples = open_store(store)
     root_of(samples)
     print_settings(samples)

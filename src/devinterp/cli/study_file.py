@@ -155,9 +155,16 @@ class StudyFile:
         tokens = self._tokens(f"observables.{name}", source)
         return (tokens, *batches) if batches else tokens
 
+    @cached_property
+    def _made(self) -> dict[str, Any]:
+        """Tokens by source: the sampling data are often an observable too."""
+        return {}
+
     def _tokens(self, key: str, source: str) -> Any:
-        column, split, context, sequences = (self.text(name) for name in ("column", "split", "context", "sequences"))
-        return tokenize(key, self._found(source), self._tokenizer, column, split, context, sequences)
+        if source not in self._made:
+            column, split, context, sequences = (self.text(name) for name in ("column", "split", "context", "sequences"))
+            self._made[source] = tokenize(key, self._found(source), self._tokenizer, column, split, context, sequences)
+        return self._made[source]
 
     def _found(self, given: str) -> str:
         """A path relative to the file's folder, where there is one; otherwise as given: a hub id."""

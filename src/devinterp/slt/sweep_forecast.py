@@ -32,8 +32,8 @@ ENOUGH_SECONDS = 2.0
 """that what is measured has to take, so that a step is known to a few percent"""
 FIRST_DRAWS, MOST_TIMES_MORE = 4, 16
 RESTRICTIONS_TRIED = 8
-QUICK_SECONDS = 5.0
-"""A load up to which it is timed once more, without the imports that come first"""
+SMALL_MODEL = 200_000_000
+"""Parameters up to which imports are a part of the time to load that counts"""
 
 ASSUMPTION = (
     "as long at every checkpoint as at the first, on this machine, one checkpoint after another, without an executor; hub "
@@ -133,13 +133,13 @@ def forecast(study: Study) -> Forecast:
 
 
 def _timed_load(study: Study, name: str) -> tuple[nn.Module, float]:
+    """The model, and how long it takes to load the next: the first time imports come first."""
     began = time.monotonic()
     model = study.origins[name].load()
-    if (seconds := time.monotonic() - began) < QUICK_SECONDS:
+    if sum(p.numel() for p in model.parameters()) < SMALL_MODEL:
         began = time.monotonic()
         model = study.origins[name].load()
-        seconds = time.monotonic() - began
-    return model, seconds
+    return model, time.monotonic() - began
 
 
 def _is_finished(path: Path) -> bool:

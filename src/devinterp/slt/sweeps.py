@@ -6,6 +6,7 @@ import signal
 import warnings
 from collections.abc import Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from contextvars import copy_context
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -133,13 +134,21 @@ def carry_out(study: Study, under_way: int, progress: bool) -> Made:
                     work.pop(0)()
             else:
                 _side_by_side(work, under_way, f"What was done is kept in {study.folder}; the same call goes on from there.")
-    finally:
-        whole = study.known()
-        failed = {name: reason for name, reason in made.failed.items() if name not in made.elsewhere}
-        replace(whole, failed=whole.failed | failed).write(study.folder)
+    except BaseException:
+        with suppress(OSError):  # of the same disk: the first error tells more
+            _record(study, made)
+        raise
+    _record(study, made)
     if not made.done:
         raise ChainsUnusable(f"every checkpoint failed. {listed(made.failed)}")
     return made
+
+
+def _record(study: Study, made: Made) -> None:
+    """Keep what failed with the stores, so that they are not taken for what was asked for."""
+    whole = study.known()
+    failed = {name: reason for name, reason in made.failed.items() if name not in made.elsewhere}
+    replace(whole, failed=whole.failed | failed).write(study.folder)
 
 
 def checked(study: Study, made: Made) -> list[str]:
