@@ -139,7 +139,7 @@ class Study:
         more = tuple(name for name in stored.checkpoints if name not in self.origins)
         merged = replace(self.record, checkpoints=self.record.checkpoints + more)
         check_names("checkpoints", merged.checkpoints, merged.restrictions)
-        return replace(merged, failed={k: v for k, v in stored.failed.items() if not self.is_asked_for(k)})
+        return replace(merged, failed=stored.failed)
 
     def is_asked_for(self, label: str) -> bool:
         """Whether what failed, a checkpoint or checkpoint/restriction, is of a checkpoint of this call."""

@@ -147,8 +147,9 @@ def carry_out(study: Study, under_way: int, progress: bool) -> Made:
 def _record(study: Study, made: Made) -> None:
     """Keep what failed with the stores, so that they are not taken for what was asked for."""
     whole = study.known()
+    others = {name: reason for name, reason in whole.failed.items() if not study.is_asked_for(name)}
     failed = {name: reason for name, reason in made.failed.items() if name not in made.elsewhere}
-    replace(whole, failed=whole.failed | failed).write(study.folder)
+    replace(whole, failed=others | failed).write(study.folder)
 
 
 def checked(study: Study, made: Made) -> list[str]:
