@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -17,9 +18,11 @@ import torch
 import xarray as xr
 from cases import GOOD, TinyLM, random_tokens, rows
 from crashes import tree as files_of
+from test_origin import neox
 from torch import nn
 
 import devinterp
+from devinterp.engine.origin import Pretrained
 from devinterp.engine.progress import Part, Progress
 from devinterp.errors import (
     ChainsUnusable,
@@ -371,6 +374,30 @@ def test_checkpoints_side_by_side_give_the_same_bytes(suite, tmp_path):
     assert torch.get_num_threads() == before
     for store in suite.glob("*.zarr"):
         assert files_of(tmp_path / "s" / store.name) == files_of(store), store.name
+
+
+def test_with_an_executor_workers_load_what_has_a_name(tmp_path, monkeypatch):
+    neox(1).save_pretrained(tmp_path / "named")
+    loaded, load = [], Pretrained.load
+
+    def told(origin, *arguments):
+        loaded.append(threading.current_thread().name.partition("_")[0])
+        return load(origin, *arguments)
+
+    monkeypatch.setattr(Pretrained, "load", told)
+    checkpoints = {"named": tmp_path / "named", "made": partial(neox, 3)}
+    settings = SETTINGS | {"lr": 1e-3, "num_draws": 3, "num_chains": 1, "chains_together": "processes"}
+    arguments = {"weight_restrictions": {"full": None, "l0h0": "l0h0"}, **settings}
+    tokens = random_tokens(vocabulary=50)
+    here = devinterp.sweep(checkpoints, tokens, {}, output_path=tmp_path / "here", **arguments)
+    assert loaded == ["MainThread"]
+    with ThreadPoolExecutor(2, thread_name_prefix="worker") as pool:
+        there = devinterp.sweep(checkpoints, tokens, {}, output_path=tmp_path / "there", executor=pool, **arguments)
+    assert loaded[1:].count("worker") >= 2, "the plan and the chains of what has a name"
+    for name in checkpoints:
+        for restriction in ("full", "l0h0"):
+            one, other = (tree[f"{name}/{restriction}"].to_dataset(inherit=False) for tree in (here, there))
+            xr.testing.assert_equal(one, other)
 
 
 def test_ctrl_c_stops_all_that_are_under_way_and_keeps_what_was_done(tmp_path):

@@ -16,7 +16,7 @@ TEXT: dict[str, tuple[type, Any]] = {
 }  # fmt: skip
 """How texts become tokens; the tokenizer is that of the first checkpoint where none is named"""
 NEEDED = ("checkpoints", "dataset", "output_path")
-OTHERS = ("observables", "weight_restrictions", "sampling_task", "on_diverged", "device")
+OTHERS = ("observables", "weight_restrictions", "sampling_task", "on_diverged", "device", "devices")
 EXAMPLE = "Try [checkpoints] with lines such as step512 = 'EleutherAI/pythia-14m@step512'."
 
 
@@ -130,7 +130,7 @@ class StudyFile:
             "dataset": self._tokens("dataset", self.given["dataset"]),
             "observables": observables,
             "output_path": self.output_path,
-            **{name: self.given[name] for name in ("sampling_task", "on_diverged", "device") if name in self.given},
+            **{name: self.given[name] for name in ("sampling_task", "on_diverged", "device", "devices") if name in self.given},
         }
         if "weight_restrictions" in self.given:
             arguments["weight_restrictions"] = self._restrictions(self.given["weight_restrictions"])

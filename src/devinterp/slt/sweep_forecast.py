@@ -97,7 +97,7 @@ def forecast(study: Study) -> Forecast:
         DevinterpInputError: an argument cannot be used, or does not fit the first checkpoint.
         ChainsUnusable: no checkpoint can be loaded.
     """
-    made = Made()
+    made, study = Made(), study.here()
     with quiet():
         left = checked(study, made)
         while left:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from devinterp.engine.origin import Origin, checkpoints_in, origin_of
+from devinterp.engine.origin import Origin, Pretrained, checkpoints_in, origin_of
 from devinterp.engine.settings import Paths, Settings, choice, settings_and_paths
 from devinterp.engine.tokens import check_observables, check_tokens
 from devinterp.errors import InputTypeError, InputValueError, RunMismatchError, StoreError, got
@@ -105,7 +105,8 @@ class Study:
         """The runs of one checkpoint, checked against its model and against what is stored."""
         inputs = Inputs.of(
             model, self.dataset, self.observables, self.settings, paths=self.paths,
-            on_diverged="record" if self.restrictions else self.on_diverged, **self.inputs,
+            on_diverged="record" if self.restrictions else self.on_diverged, origin=self._loaded_by_workers(checkpoint),
+            **self.inputs,
         )  # fmt: skip
         made: Requests = {}
         for restriction in self.of_each:
@@ -114,6 +115,21 @@ class Study:
         first, *others = made.values()
         check_stored(first, others)
         return made
+
+    def _loaded_by_workers(self, checkpoint: str) -> Origin | None:
+        """Where the workers of an executor load it; None = they get the weights. What a function made is made once."""
+        origin = self.origins[checkpoint]
+        return origin if self.executor is not None and isinstance(origin, Pretrained) else None
+
+    @property
+    def executor(self) -> Any:
+        return self.inputs.get("executor")
+
+    def here(self) -> "Study":
+        """The same, computed by this process and its own workers."""
+        if self.executor is None:
+            return self
+        return replace(self, inputs={name: value for name, value in self.inputs.items() if name not in ("executor", "device")})
 
     def known(self) -> Sweep:
         """What the folder holds together with what is asked for; refuses a sweep with other settings.

@@ -4,8 +4,8 @@ import logging
 import os
 import signal
 import warnings
-from collections.abc import Mapping
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from collections.abc import Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from contextvars import copy_context
 from dataclasses import dataclass, field, replace
@@ -40,8 +40,8 @@ def sweep(
     output_path: str | os.PathLike[str],
     weight_restrictions: Mapping[str, Any] | None = None,
     sampling_task: str | None = None,
-    executor: Any = None,
-    devices: Any = None,
+    executor: Executor | None = None,
+    devices: Sequence[str] | None = None,
     on_diverged: str = "record",
     progress: bool = True,
     **sampling: Any,
@@ -69,7 +69,8 @@ def sweep(
         weight_restrictions: as in `susceptibilities`: one run for each at every checkpoint; with "full", the whole model.
         sampling_task: with weight_restrictions, what `compute_susceptibilities` takes for this sweep; None = it is to be said
             there, if at all.
-        executor, devices: as in `sample`; with an executor up to 4 checkpoints are under way at once.
+        executor, devices: as in `sample`. With an executor up to 4 checkpoints are under way at once, and its workers load
+            directories and hub ids themselves.
         on_diverged: "record" keeps a run of which a chain diverged, unless all did; "raise" counts it as failed.
         progress: one bar over all runs, or log lines without a terminal.
         **sampling: settings of `sample`, among them lr and n_beta.
@@ -90,8 +91,7 @@ def sweep(
         checkpoints, dataset, observables, output_path=output_path, weight_restrictions=weight_restrictions,
         sampling_task=sampling_task, executor=executor, devices=devices, on_diverged=on_diverged, **sampling,
     )  # fmt: skip
-    under_way = UNDER_WAY if executor is not None else 1
-    made = carry_out(study, under_way, progress)
+    made = carry_out(study, UNDER_WAY if executor is not None else 1, progress)
     tree = opened(study.folder, replace(study.record, failed=made.failed), ours=True)
     if failed := tree.attrs["failed"]:
         warnings.warn(f"{len(failed)} of the sweep's checkpoints or runs failed. {listed(failed)}", stacklevel=2)
@@ -180,8 +180,9 @@ def _first(study: Study, left: list[str], made: Made) -> tuple[str, Requests] | 
         try:
             requests = study.requests(name, model)
             request = requests[study.of_each[0]]
-            with request.inputs.checkpoint.ready():
-                request.inputs.probe(request.path)
+            if request.inputs.workers.are_known:  # those of an executor try a batch themselves
+                with request.inputs.checkpoint.ready():
+                    request.inputs.probe(request.path)
             return name, requests
         except RunMismatchError as error:  # of this checkpoint alone: its weights are others than those stored
             made.fail(name, error)
