@@ -387,17 +387,15 @@ def test_with_an_executor_workers_load_what_has_a_name(tmp_path, monkeypatch):
     monkeypatch.setattr(Pretrained, "load", told)
     checkpoints = {"named": tmp_path / "named", "made": partial(neox, 3)}
     settings = SETTINGS | {"lr": 1e-3, "num_draws": 3, "num_chains": 1, "chains_together": "processes"}
-    arguments = {"weight_restrictions": {"full": None, "l0h0": "l0h0"}, **settings}
     tokens = random_tokens(vocabulary=50)
-    here = devinterp.sweep(checkpoints, tokens, {}, output_path=tmp_path / "here", **arguments)
+    here = devinterp.sweep(checkpoints, tokens, {}, output_path=tmp_path / "here", **settings)
     assert loaded == ["MainThread"]
     with ThreadPoolExecutor(2, thread_name_prefix="worker") as pool:
-        there = devinterp.sweep(checkpoints, tokens, {}, output_path=tmp_path / "there", executor=pool, **arguments)
+        there = devinterp.sweep(checkpoints, tokens, {}, output_path=tmp_path / "there", executor=pool, **settings)
     assert loaded[1:].count("worker") >= 2, "the plan and the chains of what has a name"
     for name in checkpoints:
-        for restriction in ("full", "l0h0"):
-            one, other = (tree[f"{name}/{restriction}"].to_dataset(inherit=False) for tree in (here, there))
-            xr.testing.assert_equal(one, other)
+        one, other = (tree[name].to_dataset(inherit=False) for tree in (here, there))
+        xr.testing.assert_equal(one, other)
 
 
 def test_ctrl_c_stops_all_that_are_under_way_and_keeps_what_was_done(tmp_path):

@@ -87,7 +87,10 @@ def is_sweep(samples: Any) -> bool:
     """Whether these are the runs of a sweep: its tree, or the path of its folder."""
     if isinstance(samples, xr.DataTree):
         return "sweep" in samples.attrs
-    return isinstance(samples, str | os.PathLike) and Path(samples).is_dir() and (Path(samples) / RECORD).is_file()
+    try:
+        return isinstance(samples, str | os.PathLike) and (Path(samples).expanduser() / RECORD).is_file()
+    except (OSError, ValueError, RuntimeError):  # too long, a null byte, nobody's home: told when it is opened
+        return False
 
 
 def tree_of(samples: Any) -> xr.DataTree:
