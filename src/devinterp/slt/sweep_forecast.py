@@ -28,7 +28,7 @@ from devinterp.store.reader import metadata_of, open_store
 from devinterp.store.sweeps import FULL, listed
 from devinterp.store.writer import stored_bytes
 
-ENOUGH_SECONDS = 2.0
+ENOUGH_SECONDS = 1.0
 """that what is measured has to take, so that a step is known to a few percent"""
 FIRST_DRAWS, MOST_TIMES_MORE = 4, 16
 RESTRICTIONS_TRIED = 8
