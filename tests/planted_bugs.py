@@ -42,6 +42,7 @@ DIAGNOSIS, CALIBRATION = "tests/test_diagnosis.py", "tests/test_calibration.py"
 ERRORS, CONTROL, PATTERNS = "tests/test_error_bars.py", "tests/test_control.py", "tests/test_patterning.py"
 RMS, LOOP = "samplers/rmsprop_sgld.py", "engine/chain.py"
 PLM, NHT = "samplers/preconditioned_leimkuhler_matthews.py", "samplers/sgnht.py"
+SWEEP, ORIGIN = "tests/test_sweep.py", "tests/test_origin.py"
 SAMPLERS, METRIC = "tests/test_samplers.py", "tests/test_metric.py"
 MASKS, OTHER = "tests/test_masks.py", "tests/test_other_models.py"
 OBJECTIVE, TRIALS = "engine/objective.py", "engine/trials.py"
@@ -123,7 +124,7 @@ BUGS = [
     Bug("chains of a vmap share their noise", LOOP, "row.normal_(generator=rng)", "row.normal_(generator=rngs[0])", PLACE),
     Bug("a diverged chain ends its group", LOOP, "if not watch.alive:", "if len(watch.alive) < len(chains):", PLACE),
     Bug("no baseline where chains are done", "slt/running.py", "if runs[i].needs_baseline", "if walkers[i]", PLACE),
-    Bug("a death takes all chains", "engine/placement.py", "yield from attempt([i], 1)", "break", PLACE),
+    Bug("a death takes all chains", "engine/dispatch.py", "yield from attempt(again)", "break", PLACE),
     Bug("stores opened unseen", "store/reader.py", "    check_store(folder, ours=ours)\n", "", STRANGERS),
     Bug("links followed", GUARD, "if entry.is_symlink():", "if False:", STRANGERS),
     Bug("pipes let in", GUARD, "if not entry.is_file(follow_symlinks=False):", "if False:", STRANGERS),
@@ -216,7 +217,7 @@ BUGS = [
     Bug("trace without its size", "engine/curvature.py", "curvature.first_quotient * plan.selection.size", "curvature.first_quotient", "tests/test_curvature.py"),
     Bug("pilots that left the neighbourhood taken", "slt/pilots.py", "if excess > limit:", "if False:", CALIBRATION),
     Bug("half the burn-in", "slt/pilots.py", "(2 * math.log1p(", "(4 * math.log1p(", CALIBRATION),
-    Bug("workers started where none may be", "engine/placement.py", "if multiprocessing.current_process().daemon:", "if False:", PLACE),
+    Bug("workers started where none may be", "engine/dispatch.py", "if multiprocessing.current_process().daemon:", "if False:", PLACE),
     Bug("the first token predicted from padding", OBJECTIVE, ", attended[:, : self.positions].bool()]", "]", MASKS),
     Bug("positions of tokens moved by padding", OBJECTIVE, "(attended.cumsum(1) - 1).clamp(min=0)", "torch.ones_like(attended).cumsum(1) - 1", MASKS),
     Bug("labels of the decoder masked by the input", OBJECTIVE, "and not self.of_decoder:", "and True:", MASKS),
@@ -234,6 +235,17 @@ BUGS = [
     Bug("columns not compared", "engine/rows.py", "for name, column in self.columns.items()})", 'for name, column in self.columns.items() if name == "input_ids"})', OTHER),
     Bug("fewer logits than tokens taken", "engine/checkpoint.py", "if logits.shape[1] != tokens:", "if False:", "tests/test_bad_models.py"),
     Bug("numbers that are not finite taken", "engine/rows.py", "            _check_finite(shown, block, start)\n", "            pass\n", OTHER),
+    Bug("a revision is left out", "engine/origin.py", "self.source, revision=self.revision, trust_remote_code=False, output_loading_info=True", "self.source, trust_remote_code=False, output_loading_info=True", ORIGIN),
+    Bug("made-up weights are taken", "engine/origin.py", "if random := sorted(", "if random := sorted([])[:0] and sorted(", ORIGIN),
+    Bug("checkpoints sorted as text", "engine/origin.py", "key=lambda item: (item[0], item[1].name)", "key=lambda item: item[1].name", ORIGIN),
+    Bug("a relative path stays relative", "engine/origin.py", "return Pretrained(str(path.absolute()))", "return Pretrained(str(path))", ORIGIN),
+    Bug("a sweep's checkpoints mislabelled", "slt/sweep_results.py", "{dim: np.asarray(list(parts), dtype=object)}", "{dim: np.asarray(sorted(parts), dtype=object)}", SWEEP),
+    Bug("what failed is taken as stored", "store/sweeps.py", "known = sweep.failed.get(checkpoint) or", "known = None and", SWEEP),
+    Bug("other settings beside one another", "store/sweeps.py", "name not in FREE and made_with.get(name) != settings[name]", "False", SWEEP),
+    Bug("other settings in a sweep's folder", "slt/sweep_study.py", "        if lines:\n            raise RunMismatchError(str(self.folder), lines)", "        if False:\n            raise RunMismatchError(str(self.folder), lines)", SWEEP),
+    Bug("two checkpoints share a file", "store/sweeps.py", "if file in seen:", "if False:", SWEEP),
+    Bug("a linked store in a sweep is followed", "store/sweeps.py", "if path.is_symlink():", "if False:", SWEEP),
+    Bug("a stopped sweep takes the next", "slt/sweeps.py", "if stop.signal is None:\n        work()", "work()", SWEEP),
 ]  # fmt: skip
 
 

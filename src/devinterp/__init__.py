@@ -7,6 +7,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from devinterp.engine.origin import revisions
     from devinterp.slt.bif import bif, compute_bif
     from devinterp.slt.calibration import calibrate
     from devinterp.slt.diagnosis import describe, diagnose
@@ -14,7 +15,9 @@ if TYPE_CHECKING:
     from devinterp.slt.patterning import compute_patterning
     from devinterp.slt.sampling import sample
     from devinterp.slt.susceptibilities import compute_susceptibilities, susceptibilities
+    from devinterp.slt.sweeps import sweep
     from devinterp.slt.weight_restrictions import create_param_masks, preview_weight_restriction
+    from devinterp.store.sweeps import open_sweep
     from devinterp.store.verification import verify
     from devinterp.utils import default_nbeta, tokenize_and_concatenate
 
@@ -32,6 +35,9 @@ _HOMES = {
     "calibrate": "devinterp.slt.calibration",
     "diagnose": "devinterp.slt.diagnosis",
     "describe": "devinterp.slt.diagnosis",
+    "sweep": "devinterp.slt.sweeps",
+    "open_sweep": "devinterp.store.sweeps",
+    "revisions": "devinterp.engine.origin",
     "verify": "devinterp.store.verification",
     "default_nbeta": "devinterp.utils",
     "tokenize_and_concatenate": "devinterp.utils",
@@ -49,9 +55,12 @@ __all__ = [
     "describe",
     "diagnose",
     "llc",
+    "open_sweep",
     "preview_weight_restriction",
+    "revisions",
     "sample",
     "susceptibilities",
+    "sweep",
     "tokenize_and_concatenate",
     "verify",
 ]

@@ -8,19 +8,20 @@ from devinterp.errors import InputValueError, got
 
 
 def load_model(model: str, revision: str | None) -> tuple[Any, Any]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    """The model and its tokenizer."""
     from transformers.utils.logging import disable_progress_bar
+
+    from devinterp.engine.origin import Pretrained, named
 
     if not sys.stderr.isatty():
         disable_progress_bar()
-    try:
-        # without the False, transformers asks at a terminal whether to run the code that comes with a checkpoint
-        tokenizer = AutoTokenizer.from_pretrained(model, revision=revision, trust_remote_code=False)
-        return AutoModelForCausalLM.from_pretrained(model, revision=revision, trust_remote_code=False), tokenizer
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
-        fix = f"Check the path or name. ({reason})"
-        raise InputValueError(got("MODEL", model, "a directory with a model and tokenizer, or a hub id", fix)) from error
+    origin = named(model, "MODEL")
+    if revision is not None:
+        if origin.revision is not None:
+            raise InputValueError(got("MODEL", model, "without '@' where --revision is given", "Give the revision once."))
+        origin = Pretrained(origin.source, revision)
+    tokenizer = origin.tokenizer("MODEL")
+    return origin.load("MODEL"), tokenizer
 
 
 def tokenize(option: str, source: str, tokenizer: Any, column: str, split: str, context: int, sequences: int) -> Any:
