@@ -178,7 +178,7 @@ BUGS = [
     Bug("damage not looked for", "store/runs.py", 'and not folder.damage(stored["num_chains"])', "", RESUME),
     Bug("a damaged part kept", "store/runs.py", "if damaged or lost or", "if lost or", RESUME),
     Bug("another machine's lease ignored", "store/lock.py", "return time.time() - self.seen < STALE_SECONDS", "return False", RESUME),
-    Bug("the dead keep their lease", "store/lock.py", "return self.boot == _started(self.pid)", "return True", RESUME),
+    Bug("the dead keep their lease", "store/lock.py", "return self.boot == started(self.pid)", "return True", RESUME),
     Bug("signals not heard", "engine/stopping.py", "stop.signal = number", "pass", RESUME),
     Bug("nothing committed at a signal", "store/commits.py", "if kind is GeneratorExit and self.part is not None:", "if False:", RESUME),
     Bug("commits that are not due", "store/commits.py", "time.monotonic() - self._last >= self.every:", "True:", RESUME),
