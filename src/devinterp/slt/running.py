@@ -18,7 +18,7 @@ from devinterp.errors import ChainDiverged, ChainFailed
 from devinterp.slt.planning import Planned, Question, plan_all
 from devinterp.slt.requests import Request
 from devinterp.store.folder import RunFolder
-from devinterp.store.mirror import Mirror, only_writer_at
+from devinterp.store.mirror import Mirror, discard, only_writer_at
 from devinterp.store.reader import metadata_of, open_store
 from devinterp.store.recording import Baseline, Chains, Failure, record
 from devinterp.store.runs import Stored, metadata_for, open_writer
@@ -189,6 +189,8 @@ def _is_complete(request: Request, bar: Progress) -> bool:
     if request.inputs.on_diverged == "raise":
         _raise_for_diverged(open_store(request.place, ours=True))
     logger.info("%r holds this very run, complete; nothing to compute", str(request.place))
+    if request.objects is not None and request.path is not None:
+        discard(request.path)
     bar.skip(request.inputs.num_rows)
     return True
 

@@ -111,7 +111,7 @@ class Marker:
         try:
             self._put(self.owner)
         except Changed:
-            found = self.objects.read(self.name)
+            found = self.objects.look(self.name)
             owner = None if found is None else Owner.of(found[0])
             raise RunLocked(self.objects.url, str(owner or "another process")) from None
         HELD.add(self.owner.token)
@@ -125,7 +125,7 @@ class Marker:
         try:
             self._put(self.owner)
         except Changed:
-            found = self.objects.read(self.name)
+            found = self.objects.look(self.name)
             owner = None if found is None else Owner.of(found[0])
             raise RunLocked(self.objects.url, f"{owner or 'another process'}, which has taken it over") from None
 

@@ -41,6 +41,13 @@ def working_path(objects: Objects) -> Path:
     return above.expanduser() / f"{objects.name[:64]}-{digest(objects.url.encode())[:16]}" / objects.name
 
 
+def discard(working: Path) -> None:
+    """What a process that was killed at its very end has left of a run that is there, unless another uses it."""
+    if working.parent.exists():
+        with suppress(RunLocked), only_writer_of(working):
+            shutil.rmtree(working.parent, ignore_errors=True)
+
+
 @contextmanager
 def only_writer_at(path: Path | None, objects: Objects | None) -> Iterator[tuple[RunFolder | None, "Mirror | None"]]:
     """The folder beside a store, held against other processes, of this machine and, with `objects`, of all others.
@@ -159,6 +166,8 @@ class Mirror:
             shutil.rmtree(self.folder.store.parent, ignore_errors=True)
 
     def _renew(self) -> None:
+        if self.error is not None:
+            return
         try:
             self._marker.renew()
         except RunLocked as error:

@@ -22,6 +22,7 @@ from devinterp.errors import InputValueError, StorageError, got
 
 SCHEMES = ("s3", "gs", "az")
 MOST_RETRIES = 10
+FIRST_PAUSE = 0.5
 RETRY_SECONDS = 120.0
 """A request that fails is tried again for about a minute, with growing pauses"""
 REQUEST_SECONDS = 120.0
@@ -113,6 +114,14 @@ class Objects:
         return found
 
     def read(self, name: str) -> tuple[bytes, Entry] | None:
+        """An object, remembered as seen: it may be written over."""
+        found = self.look(name)
+        if found is not None:
+            self.tags[name] = found[1].tag
+        return found
+
+    def look(self, name: str) -> tuple[bytes, Entry] | None:
+        """An object, not remembered."""
         import obstore
 
         try:
@@ -121,7 +130,6 @@ class Objects:
                 meta, content = found.meta, bytes(found.bytes())
         except FileNotFoundError:
             return None
-        self.tags[name] = meta["e_tag"]
         return content, Entry(meta["size"], meta["last_modified"], meta["e_tag"])
 
     def read_all(self, names: Iterable[str]) -> dict[str, bytes]:
@@ -156,10 +164,10 @@ class Objects:
             with self.told(f"writing {name!r}"):
                 self.tags[name] = obstore.put(self._store, name, content, mode=mode)["e_tag"]
         except Changed:
-            there = self.read(name)
+            there = self.look(name)
             if there is None or there[0] != content:
                 raise
-            # it was written, and the answer was lost; or another computed the very same
+            self.tags[name] = there[1].tag  # it was written, and the answer was lost; or another computed the very same
 
     def upload(self, name: str, file: Path) -> None:
         """A file of any size.
@@ -233,7 +241,8 @@ def connected(parent: str) -> Any:
         raise InputValueError(got("output_path", parent, "a local path", fix)) from error
     insecure = os.environ.get("AWS_ALLOW_HTTP", "").lower() in ("1", "true")
     client: Any = {"timeout": timedelta(seconds=REQUEST_SECONDS), "allow_http": insecure}
-    retries: Any = {"max_retries": MOST_RETRIES, "retry_timeout": timedelta(seconds=RETRY_SECONDS)}
+    backoff = {"init_backoff": timedelta(seconds=FIRST_PAUSE), "max_backoff": timedelta(seconds=15), "base": 3}
+    retries: Any = {"max_retries": MOST_RETRIES, "retry_timeout": timedelta(seconds=RETRY_SECONDS), "backoff": backoff}
     try:
         return from_url(parent, retry_config=retries, client_options=client)
     except Exception as error:  # whatever a wrong name or environment makes of it
