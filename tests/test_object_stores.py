@@ -110,7 +110,8 @@ def test_the_bytes_of_a_local_run_and_read_back(url, expected, tmp_path):
     assert xr.open_datatree(store, engine="zarr", consolidated=False).identical(open_store(url))
     assert not list((tmp_path / "cache").rglob("*"))  # all of it is there
     assert set(beside(url)) >= {"run.json", "writer.json", "baseline/progress.json", "chain-0001/progress.json"}
-    assert json.loads(read(url, "NAME.run/writer.json"))["held"] is False
+    left = json.loads(read(url, "NAME.run/writer.json"))
+    assert (left["held"], left["host"], left["pid"]) == (False, "", 0)
 
 
 def zarr_store(url):
@@ -389,7 +390,10 @@ def test_credentials_are_in_no_object_log_or_error(url, bucket, caplog, capsys, 
 @pytest.mark.parametrize(
     ("message", "expected"),
     [
-        ("Error performing GET https://a.blob/x?sig=hidden&se=2: timed out\n\nDebug source:\nhidden", "GET https://a.blob/x?...: timed out"),
+        (
+            "Error performing GET https://a.blob/x?sig=hidden&se=2: timed out\n\nDebug source:\nhidden",
+            "GET https://a.blob/x?...: timed out",
+        ),
         ("error for url (https://user:hidden@host/x)", "https://...@host/x"),
         ("403: <?xml version><AWSAccessKeyId>hidden</AWSAccessKeyId>", "403"),
     ],

@@ -237,7 +237,7 @@ def path_of_run(output_path: Any, name: str) -> Any:
     """`<stem>_<name><suffix>`; what is no path is left for the run's own check to refuse."""
     if not isinstance(output_path, str | os.PathLike):
         return output_path
-    stem, suffix = os.path.splitext(os.fspath(output_path))
+    stem, suffix = os.path.splitext(output_path.rstrip("/") if is_url(output_path) else os.fspath(output_path))
     return f"{stem}_{name}{suffix}"
 
 

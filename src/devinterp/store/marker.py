@@ -135,7 +135,7 @@ class Marker:
             if self.before is None and not any(name != self.name for name in self.objects.everything()):
                 self.objects.delete([self.name])
             else:
-                self._put(replace(self.owner, held=False))
+                self._put(Owner(self.owner.token, "", 0, "", "", 0.0, held=False))  # what stays tells of no host
         except (Changed, StorageError) as error:
             logger.warning("%r: the marker of its writer stays (%s)", self.objects.url, error)
         HELD.discard(self.owner.token)
