@@ -58,6 +58,7 @@ class Bucket:
 def digests(url: str) -> dict[str, str]:
     """Of all objects under a folder."""
     import obstore
+
     from devinterp.store.objects import Objects
 
     objects = Objects.of(url)

@@ -96,7 +96,7 @@ def data_options() -> list[inspect.Parameter]:
         "observable": (
             list[str] | None, typer.Option(help="NAME=DATA: also record the losses of this text. May be repeated."), None,
         ),
-        "output": (str | None, typer.Option(help="Where the store goes: a path, or a URL as s3://bucket/run.  [default: COMMAND-MODEL]"), None),
+        "output": (str | None, typer.Option(help="Path or URL of the store to be.  [default: COMMAND-MODEL]"), None),
         "config": (Path | None, typer.Option(help="TOML file with any of the sampling settings."), None),
         "revision": (str | None, typer.Option(help="Revision of a hub model."), None),
         "column": (str, typer.Option(help="Column of the text."), "text"),
