@@ -345,6 +345,7 @@ def measure_run(model: Model, chains: int, draws: int) -> dict[str, float]:
 
 def plot(to: Path) -> None:
     from matplotlib.figure import Figure
+    from matplotlib.ticker import NullLocator
 
     figure = Figure(figsize=(13, 4.2), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
@@ -353,7 +354,7 @@ def plot(to: Path) -> None:
         chain = seconds(model, Run(), H100)["chain"]
         left.loglog(gpus, np.ceil(5280 / gpus) * chain / 3600, "o-", ms=3, color=f"C{number}", label=model.name)
     left.set(
-        title="5280 chains (20 checkpoints x 66 x 4), no failures",
+        title="5280 chains: 20 checkpoints x 66 x 4, no failures",
         xlabel="H100 GPUs",
         ylabel="hours",
         xticks=gpus,
@@ -371,7 +372,9 @@ def plot(to: Path) -> None:
             middle.loglog(every, found, mark, color=color, ms=4)
     middle.axvline(300, color="0.8", zorder=0)
     middle.set(
-        title="worker time above the ideal: exact (lines), simulated", xlabel="checkpoint_every, seconds", ylabel="overhead"
+        title="A chain of 6 h: time beyond it, exact (lines) and simulated",
+        xlabel="checkpoint_every, seconds",
+        ylabel="overhead",
     )
     middle.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     middle.legend(fontsize=8)
@@ -386,7 +389,7 @@ def plot(to: Path) -> None:
             overheads.append(np.mean(spans) / (5280 * chain / count) - 1)
         right.semilogx(gpus, overheads, "o-", ms=4, label=label)
     right.set(
-        title=f"time to the end above the ideal, 410M (chain {chain / 3600:.1f} h)",
+        title=f"5280 chains of {chain / 60:.0f} min (410M): beyond the ideal",
         xlabel="H100 GPUs",
         xticks=gpus,
         xticklabels=gpus,
@@ -394,6 +397,10 @@ def plot(to: Path) -> None:
     )
     right.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     right.legend(fontsize=8)
+    for axes in (left, middle, right):
+        axes.title.set_fontsize(10)
+    for axes in (left, right):
+        axes.xaxis.set_minor_locator(NullLocator())
     figure.savefig(to, dpi=110)
 
 

@@ -6,14 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import xarray as xr
-import zarr
 
 from devinterp.store.folder import RunFolder, damaged_files
 from devinterp.store.objects import Objects, is_url
-from devinterp.store.reader import open_store, store_at
+from devinterp.store.reader import open_store
 from devinterp.store.remote import damaged_objects, looked_at
 from devinterp.store.schema import COMPLETE
-from devinterp.store.writer import array_of
+from devinterp.store.writer import array_of, stored_group
 
 
 @dataclass
@@ -70,7 +69,7 @@ def _against_records(path: Path, objects: Objects | None) -> Verified | None:
 def _read_through(path: Path | str, objects: Objects | None) -> Verified:
     found = Verified(without_digests=True)
     ds = open_store(path).to_dataset()
-    root = zarr.open_group(store_at(path), mode="r", zarr_format=3, use_consolidated=False)
+    root = stored_group(path)
     complete = _complete_chains(ds)
     for name in map(str, ds.variables):
         array, dims = array_of(root, name, path), ds[name].dims

@@ -93,7 +93,7 @@ class StoreWriter:
 
     def copy(self, names: Iterable[str], source: Path | str) -> None:
         """Take these arrays from another store of the same layout."""
-        other = zarr.open_group(store_at(source, ours=True), mode="r", zarr_format=3, use_consolidated=False)
+        other = stored_group(source, ours=True)
         for name in names:
             mine, theirs = self.array(name), array_of(other, name, source)
             step = mine.chunks[0] if mine.shape else 1
@@ -132,6 +132,11 @@ class StoreWriter:
 
     def array(self, name: str) -> "zarr.Array[Any]":
         return array_of(self._root, name, self.path)
+
+
+def stored_group(at: Path | str, *, ours: bool = False) -> zarr.Group:
+    """The arrays of a store that is not written to, after it was looked at."""
+    return zarr.open_group(store_at(at, ours=ours), mode="r", zarr_format=3, use_consolidated=False)
 
 
 def array_of(root: zarr.Group, name: str, at: Path | str) -> "zarr.Array[Any]":
