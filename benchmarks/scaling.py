@@ -219,15 +219,17 @@ def print_failures() -> None:
 SMALL = (Model("A", 2, 64, 4096), Model("B", 4, 128, 4096), Model("C", 6, 192, 4096), Model("D", 6, 320, 4096))
 BATCH, TOKENS, OBSERVED = 8, 128, 16
 SETTINGS = {"lr": 1e-6, "n_beta": 30.0, "localization": 100.0, "batch_size": BATCH, "sampling_method": "leimkuhler_matthews"}
-CHAINS, DRAWS = (1, 2, 4), (6, 18)
+CHAINS, DRAWS = (1, 4), (4, 12)
 
 
-def print_measured() -> None:
+def print_measured(names: str) -> None:
     """Each in a process of its own, one thread; processor time, since others use this machine."""
     print("\n| model | weights | matrix products alone | step's gradient | draw | update | kept for the gradient, per token, layer and unit "
-          "| vectors / 3 | a draw more of 1, 2, 4 chains / predicted | store | states |")  # fmt: skip
+          "| vectors / 3 | a draw more of 1, 4 chains / predicted | store | states |")  # fmt: skip
     print("|---|---|---|---|---|---|---|---|---|---|---|")
     for number, model in enumerate(SMALL):
+        if model.name not in names:
+            continue
         one = json.loads(_child(f"one {number}"))
         runs = {(c, d): json.loads(_child(f"run {number} {c} {d}")) for c in CHAINS for d in DRAWS}
         forward = model.forward(TOKENS) * BATCH * TOKENS / one["speed"]
@@ -406,7 +408,7 @@ def plot(to: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--measure", action="store_true")
+    parser.add_argument("--measure", nargs="?", const="ABCD", metavar="MODELS")
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--child", help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -415,7 +417,7 @@ def main() -> None:
         model = SMALL[int(number)]
         print(json.dumps(measure_one(model) if kind == "one" else measure_run(model, *map(int, rest))))
     elif given.measure:
-        print_measured()
+        print_measured(given.measure)
     elif given.plot:
         plot(given.plot)
     else:

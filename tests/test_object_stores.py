@@ -6,6 +6,7 @@ An S3 server runs in a process of its own; no request leaves this machine.
 import json
 import logging
 import random
+import re
 import shutil
 import sys
 import time
@@ -199,17 +200,25 @@ def test_killed_while_it_is_extended(url, worlds, bucket, tmp_path, every):
         assert (code, digests(place)) == (0, expected), point
 
 
-def test_what_was_done_elsewhere_is_not_done_again(url, worlds, bucket, expected, tmp_path, caplog):
+def test_what_was_done_elsewhere_is_not_done_again(url, worlds, bucket, tmp_path, caplog):
     """From an empty machine, the run goes on after the last commit that was copied."""
-    _, writes = worlds.run(f"{url}-whole", bucket.environment, tmp_path / "cache")
-    worlds.run(url, bucket.environment, tmp_path / "cache", kill_at=writes - 3)
+    longer = {"num_draws": 40}
+    _, writes = worlds.run(f"{url}-whole", bucket.environment, tmp_path / "cache", **longer)
+    worlds.run(url, bucket.environment, tmp_path / "cache", kill_at=writes * 3 // 4, **longer)
     shutil.rmtree(tmp_path / "cache")
     with caplog.at_level(logging.INFO, "devinterp"):
-        sampled(url)
-    assert "go on after" in caplog.text or "chains" not in caplog.text
-    assert "taken over from process" in caplog.text
-    assert "which is dead" in caplog.text
-    assert digests(url) == expected
+        sampled(url, **longer)
+    assert re.search(r"chains \[[01]\] go on after [1-9]\d* steps", caplog.text)
+    assert re.search(r"taken over from process \d+ on .* which is dead", caplog.text)
+    assert digests(url) == digests(f"{url}-whole")
+
+
+def test_a_finished_run_keeps_the_states_that_its_records_name(url, worlds, bucket, tmp_path):
+    assert worlds.run(url, bucket.environment, tmp_path / "cache")[0] == 0
+    for chain in ("chain-0000", "chain-0001"):
+        record = json.loads(read(url, f"NAME.run/{chain}/progress.json"))["content"]
+        assert record["finished"]
+        assert [name for name in beside(url) if name.startswith(f"{chain}/state-")] == [f"{chain}/{record['state']}"]
 
 
 def test_an_older_working_folder_is_not_used(url, worlds, bucket, expected, tmp_path):

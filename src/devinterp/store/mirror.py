@@ -124,18 +124,18 @@ class Mirror:
         self._begun = True
         try:
             parts = self.folder.parts()
-            gone = [name for name in self._names("progress.json") if not (self._local(name)).exists()]
-            self.objects.delete(gone)
-            for part in parts.values():  # first those that are to become longer: an old record must not speak of new files
-                if part.folder.exists():
-                    self._copy_part(part)
+            # first the records of what is to run again or longer: an old one must not speak of the new run
+            known = {part.folder.name for part in parts.values() if part.progress() is not None}
+            self._delete(name for name in self._names("/progress.json") if name.split("/")[-2] not in known)
+            for part in parts.values():
+                self._copy_part(part, settled=True)
             if self._is_known("zarr.json"):
                 self._put_root()
             self._put(f"{self.objects.name}{RUN}/run.json", (self.folder.path / "run.json").read_bytes())
             record = self.folder.record()
             self._put_files(record["digests"] if record is not None else {})
             self._put_root()
-        except (Changed, StorageError) as error:
+        except (Changed, OSError) as error:
             self._fail(error)
             raise self.error from None  # type: ignore[misc]
         COPIES.add(self, self._copy)
@@ -156,7 +156,7 @@ class Mirror:
         if self.error is None and self._begun:
             try:
                 self._copy_rest()
-            except (Changed, StorageError) as error:
+            except (Changed, OSError) as error:
                 self._fail(error)
         if self.error is not None:
             self._marker.forget()
@@ -181,12 +181,18 @@ class Mirror:
         try:
             for part in self.folder.parts().values():
                 self._copy_part(part)
-        except (Changed, StorageError) as error:
+        except (Changed, OSError) as error:
             self._fail(error)
 
-    def _copy_part(self, part: Part) -> None:
-        """What its record speaks of, then the record; the state before is removed there. Nothing, where it is just changing."""
+    def _copy_part(self, part: Part, settled: bool = False) -> None:
+        """What its record speaks of, then the record; the state before is removed there.
+
+        Nothing is copied where it is just changing; where it is settled, a state that is missing here stays missing there.
+        """
         path = part.folder / "progress.json"
+        prefix = f"{self.objects.name}{RUN}/{part.folder.name}/"
+        if not path.exists():
+            return
         try:
             content = path.read_bytes()
             if self._copied.get(path) == content:
@@ -195,20 +201,21 @@ class Mirror:
             if progress is None or path.read_bytes() != content:
                 return
             self._put_files(progress.digests)
-            prefix = f"{self.objects.name}{RUN}/{part.folder.name}/"
-            if progress.state is not None and self._there.get(prefix + progress.state) != progress.state_digest:
-                self.objects.upload(prefix + progress.state, part.folder / progress.state)
-                self._there[prefix + progress.state] = progress.state_digest
+            state = None if progress.state is None else part.folder / progress.state
+            if state is not None and (state.exists() or not settled):
+                self._upload(prefix + state.name, state, progress.state_digest)
         except FileNotFoundError:  # a newer one takes its place
+            if settled:
+                raise
             return
         self._put(prefix + "progress.json", content)
         self._copied[path] = content
-        self.objects.delete([name for name in self._names("", prefix + "state-") if name != prefix + str(progress.state)])
+        self._delete([name for name in self._names("", prefix + "state-") if name != prefix + str(progress.state)])
 
     def _copy_rest(self) -> None:
         """After the last step: all commits, what became of chains that failed, and at the very end that nothing is missing."""
         for part in self.folder.parts().values():
-            self._copy_part(part)
+            self._copy_part(part, settled=True)
         store = self.folder.store
         files = [file for file in store.rglob("*") if file.is_file() and file != store / "zarr.json"]
         self._put_files({file.relative_to(store).as_posix(): "" for file in files if file.suffix != ".partial"})
@@ -229,6 +236,16 @@ class Mirror:
             self.objects.put(name, content)
             self._there[name] = found
 
+    def _upload(self, name: str, file: Path, expected: str) -> None:
+        if self._there.get(name) != expected:
+            self.objects.upload(name, file)
+            self._there[name] = expected
+
+    def _delete(self, names: Iterable[str]) -> None:
+        for name in names:
+            self._there.pop(name, None)  # one of the same name and content may come again
+            self.objects.delete([name])
+
     def _put_root(self) -> None:
         self._put(self._name("zarr.json"), (self.folder.store / "zarr.json").read_bytes())
 
@@ -248,9 +265,6 @@ class Mirror:
         start = start or f"{self.objects.name}{RUN}/"
         return [name for name in list(self.objects.tags) if name.startswith(start) and name.endswith(end)]
 
-    def _local(self, name: str) -> Path:
-        return self.folder.store.parent / name
-
     @property
     def _completed(self) -> bool:
         try:
@@ -258,7 +272,7 @@ class Mirror:
         except StoreError:
             return False
 
-    def _fail(self, error: Changed | StorageError) -> None:
+    def _fail(self, error: Changed | OSError) -> None:
         reason = (
             f"{error} failed: another process has written there. Nothing of its was overwritten"
             if isinstance(error, Changed)
