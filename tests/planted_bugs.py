@@ -171,6 +171,7 @@ BUGS = [
     Bug("globals not followed", CODE, "for name in use.globals if name in home}", "for name in ()}", FUNCTIONS),
     Bug("functions known by the name they claim", CODE, 'str(home.get("__name__", ""))', "function.__module__", FUNCTIONS),
     Bug("rows of half a chunk lost", "store/writer.py", "                self.append(name, row)", "                pass", RESUME),
+    Bug("rows over the border of a chunk", "store/writer.py", "min(chunk - at % chunk,", "min(chunk,", RESUME),
     Bug("noise from its beginning again", "engine/state.py", "rng.set_state(state.clone())", "state.clone()", RESUME),
     Bug("last noise of a step lost", "engine/state.py", "walker.kept[name].copy_(vector)", "pass", RESUME),
     Bug("statistics start again", "engine/state.py", "walker.buffers[name].copy_(buffer)", "pass", RESUME),

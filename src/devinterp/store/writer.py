@@ -212,7 +212,8 @@ class Rows:
         """Rows of the chunk that begins."""
         array = self._arrays.setdefault(name, self._store.array(name))
         along = int(self._chain is not None and "chain" in self._store.variables[name].dims)
-        return int(min(array.chunks[along], array.shape[along] - self._written[name]))
+        chunk, at = array.chunks[along], self._written[name]
+        return int(min(chunk - at % chunk, array.shape[along] - at))  # a longer run may go on within a chunk
 
     def _write(self, name: str) -> None:
         start, held = self._written[name], self._held.pop(name)[: self._count.pop(name)]
