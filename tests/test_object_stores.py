@@ -434,6 +434,13 @@ def test_urls_that_are_none_of_ours(url, tmp_path, given, said):
     assert not (tmp_path / "cache").exists()
 
 
+def test_an_executor_is_refused(url):
+    from concurrent.futures import ProcessPoolExecutor
+
+    with ProcessPoolExecutor(1) as executor, pytest.raises(InputValueError, match="a local path with an executor"):
+        sampled(url, executor=executor)
+
+
 def test_without_the_library_the_error_names_the_extra(url, monkeypatch):
     monkeypatch.setitem(sys.modules, "obstore.store", None)
     objects.connected.cache_clear()

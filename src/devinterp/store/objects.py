@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 from uuid import uuid4
 
 from devinterp.errors import InputValueError, StorageError, got
@@ -46,7 +46,7 @@ class Changed(Exception):
     """An object is not the one that was seen last."""
 
 
-def is_url(value: Any) -> bool:
+def is_url(value: Any) -> TypeGuard[str]:
     """Whether it is meant as one; no path of a run has `://` in it."""
     return isinstance(value, str) and re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", value) is not None
 
