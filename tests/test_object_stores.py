@@ -316,6 +316,18 @@ def test_what_appears_in_the_meantime_is_not_overwritten(url, monkeypatch):
     assert read(url, "NAME/zarr.json") == b"precious"
 
 
+def test_an_object_in_the_way_stays_in_the_way(url):
+    ours = objects.Objects.of(url)
+    ours.put(f"{ours.name}/one", b"ours")
+    ours.put(f"{ours.name}/one", b"ours again")
+    put(url, "NAME/one", b"theirs")
+    for _ in range(3):
+        with pytest.raises(objects.Changed):
+            ours.put(f"{ours.name}/one", b"ours once more")
+    ours.put(f"{ours.name}/one", b"theirs")  # the very same is no loss
+    assert read(url, "NAME/one") == b"theirs"
+
+
 def test_failing_requests_are_tried_again(url, bucket, expected, monkeypatch):
     with Proxy(bucket) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
