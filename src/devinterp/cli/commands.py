@@ -31,7 +31,7 @@ def llc_command(job: Job) -> None:
     typer.echo(f"\nsaved in {str(path)!r}: losses at every draw and all settings. Look again with devinterp show.")
 
 
-def show_command(store: Annotated[Path, typer.Argument(help="Directory of a store.")]) -> None:
+def show_command(store: Annotated[str, typer.Argument(help="Directory or URL of a store.")]) -> None:
     """Summarise a store: settings, chains, losses, LLC; of a sweep, the LLC of each run."""
     from devinterp.cli.sweeping import print_sweep
     from devinterp.slt.llc import compute_llc
@@ -55,7 +55,7 @@ def show_command(store: Annotated[Path, typer.Argument(help="Directory of a stor
     print_diagnosis(samples)
 
 
-def diagnose_command(store: Annotated[Path, typer.Argument(help="Directory of a store.")]) -> None:
+def diagnose_command(store: Annotated[str, typer.Argument(help="Directory or URL of a store.")]) -> None:
     """Say whether the chains of a store can be believed, why not, and what to change."""
     from devinterp.slt.diagnosis import describe, diagnose
 
@@ -89,7 +89,7 @@ def calibrate_command(
     typer.echo(f"\nsettings in {str(save)!r}; take them with: devinterp llc MODEL --data DATA --config {str(save)!r}")
 
 
-def verify_command(store: Annotated[Path, typer.Argument(help="Directory of a store.")]) -> None:
+def verify_command(store: Annotated[str, typer.Argument(help="Directory or URL of a store.")]) -> None:
     """Compare every file of a store with what was written; exit code 1 where one differs."""
     from devinterp.store.verification import verify
 

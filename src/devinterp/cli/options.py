@@ -35,7 +35,7 @@ class Job:
     model_name: str
     data: str
     observable: list[str]
-    output: Path | None
+    output: str | None
     config: Path | None
     revision: str | None
     column: str
@@ -82,10 +82,11 @@ class Job:
     def _tokens(self, option: str, source: str) -> Any:
         return tokenize(option, source, self.tokenizer, self.column, self.split, self.context, self.sequences)
 
-    def path(self, command: str) -> Path:
+    def path(self, command: str) -> str:
         """Where the store goes: as asked, or named after command and model."""
         named = f"{command}-{Path(self.model_name).name}" + (f"-{self.revision}" if self.revision else "")
-        return self.output or Path(named)
+        given = self.output or named
+        return given if "://" in given else str(Path(given))
 
 
 def data_options() -> list[inspect.Parameter]:
@@ -95,7 +96,7 @@ def data_options() -> list[inspect.Parameter]:
         "observable": (
             list[str] | None, typer.Option(help="NAME=DATA: also record the losses of this text. May be repeated."), None,
         ),
-        "output": (Path | None, typer.Option(help="Where the store goes.  [default: COMMAND-MODEL]"), None),
+        "output": (str | None, typer.Option(help="Path or URL of the store to be.  [default: COMMAND-MODEL]"), None),
         "config": (Path | None, typer.Option(help="TOML file with any of the sampling settings."), None),
         "revision": (str | None, typer.Option(help="Revision of a hub model."), None),
         "column": (str, typer.Option(help="Column of the text."), "text"),

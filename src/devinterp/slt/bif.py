@@ -101,7 +101,7 @@ def _control_for(request: Request, options: Options) -> tuple[Request, Any]:
         fix = "The strongest pairs of the control are others. Leave top_k out, or ask for queries."
         raise InputValueError(got("control", True, "False with top_k", fix))
     beside = path_of_run(options.output_path, CONTROL)
-    control = Request.of(control_of(request.inputs), request.masks, path_of_run(request.path, CONTROL))
+    control = Request.of(control_of(request.inputs), request.masks, path_of_run(request.place, CONTROL))
     paths = [_absolute(path) for path in (request.path, control.path, options.output_path, beside) if path is not None]
     if len(set(paths)) < len(paths):
         fix = (

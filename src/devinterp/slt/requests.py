@@ -32,6 +32,9 @@ from devinterp.samplers import SAMPLERS
 from devinterp.store.durable import told_of_the_disk
 from devinterp.store.folder import FINAL_STATE_BYTES, RunFolder
 from devinterp.store.identity import Source, identity
+from devinterp.store.mirror import working_path
+from devinterp.store.objects import Objects, is_url
+from devinterp.store.remote import stored_there
 from devinterp.store.runs import Stored, layout, plain, stored_run
 from devinterp.store.schema import Variable
 from devinterp.store.writer import check_output_path, check_space, stored_bytes
@@ -124,13 +127,20 @@ class Request:
     inputs: Inputs
     masks: dict[str, Tensor | None]
     path: Path | None
+    """where it is worked on"""
+    objects: Objects | None = None
+    """where it is stored, if not there"""
 
     @classmethod
     def of(cls, inputs: Inputs, param_masks: Any, output_path: Any) -> "Request":
-        path = check_output_path(output_path)
+        objects = Objects.of(output_path) if is_url(output_path) else None
+        if objects is not None and not inputs.workers.are_known:
+            fix = "Its workers write the store themselves: give a file system that they share, or leave executor out."
+            raise InputValueError(got("output_path", output_path, "a local path with an executor", fix))
+        path = check_output_path(output_path if objects is None else working_path(objects))
         masks = check_masks(inputs.model, param_masks)
         _check_memory(inputs, masks)
-        request = cls(inputs, masks, path)
+        request = cls(inputs, masks, path, objects)
         check_space(path, *request.layout(), extra=state_bytes(inputs, masks) + sent_bytes(inputs))
         if path is not None:
             inputs.source.warn_if_never_reused()
@@ -167,8 +177,19 @@ class Request:
     def layout(self) -> tuple[dict[str, Variable], dict[str, int]]:
         return layout(self.inputs.settings, self.inputs.batches, self.inputs.observables)
 
+    @property
+    def place(self) -> Path | str | None:
+        """Where its store is or will be, as it was asked for."""
+        return self.path if self.objects is None else self.objects.url
+
     def stored(self) -> Stored | None:
-        """The run at the path if it is this one; refuses any other thing that is there."""
+        """The run at its place if it is this one; refuses any other thing that is there."""
+        if self.objects is not None:
+            return stored_there(self.objects, self.fingerprint, self.layout()[1])
+        return self.stored_here()
+
+    def stored_here(self) -> Stored | None:
+        """The same of the path at which this process is the one writer."""
         return stored_run(self.path, self.fingerprint, self.layout()[1])
 
 
@@ -223,7 +244,7 @@ def path_of_run(output_path: Any, name: str) -> Any:
     """`<stem>_<name><suffix>`; what is no path is left for the run's own check to refuse."""
     if not isinstance(output_path, str | os.PathLike):
         return output_path
-    stem, suffix = os.path.splitext(os.fspath(output_path))
+    stem, suffix = os.path.splitext(output_path.rstrip("/") if is_url(output_path) else os.fspath(output_path))
     return f"{stem}_{name}{suffix}"
 
 
@@ -240,11 +261,13 @@ def check_stored(first: Request, others: Sequence[Request]) -> None:
     known = first.stored()
     lr = None if known is None else known.metadata["step_size"]["lr"]
     for request in others:
-        if request.path is None or not request.path.exists():
+        if request.path is None or (request.objects is None and not request.path.exists()):
+            continue
+        if request.objects is not None and not request.objects.list(request.objects.name):
             continue
         if lr is None and request.inputs.settings.lr == "auto":
-            fix = f"The run that chooses its step size is missing: {first.path}."
-            raise InputValueError(got("output_path", str(request.path), "new, or stored with that run", fix))
+            fix = f"The run that chooses its step size is missing: {first.place}."
+            raise InputValueError(got("output_path", str(request.place), "new, or stored with that run", fix))
         (request if lr is None else at_step_size(request, lr)).stored()
 
 

@@ -18,9 +18,10 @@ from devinterp.errors import ChainDiverged, ChainFailed
 from devinterp.slt.planning import Planned, Question, plan_all
 from devinterp.slt.requests import Request
 from devinterp.store.folder import RunFolder
+from devinterp.store.mirror import Mirror, discard, only_writer_at
 from devinterp.store.reader import metadata_of, open_store
 from devinterp.store.recording import Baseline, Chains, Failure, record
-from devinterp.store.runs import Stored, metadata_for, only_writer_of, open_writer
+from devinterp.store.runs import Stored, metadata_for, open_writer
 from devinterp.store.schema import COMPLETE, DIVERGED, FAILED
 from devinterp.store.writer import StoreWriter
 
@@ -40,6 +41,8 @@ class Run:
     plan: Plan
     store: StoreWriter
     placement: Placement
+    mirror: Mirror | None = None
+    """copies it to its object store"""
 
     @property
     def finished(self) -> set[int]:
@@ -65,34 +68,36 @@ def run(request: Request, bar: Progress) -> xr.DataTree:
     return open_store(run_to_store(request, bar), ours=True)
 
 
-def run_to_store(request: Request, bar: Progress) -> Path:
+def run_to_store(request: Request, bar: Progress) -> Path | str:
     """Where the run asked for is stored, after what is missing of it was computed.
 
     Raises:
         ChainFailed: a chain ended in an error; the others are stored.
         ChainDiverged: with on_diverged="raise".
     """
-    if _is_complete(request, bar) and request.path is not None:
-        return request.path
+    if _is_complete(request, bar) and request.place is not None:
+        return request.place
     with ExitStack() as held, stop_signals() as stop, request.told_of_the_disk():
         (made,) = prepare([request], held, is_first=True)
         if isinstance(made, Exception):
             raise made
         if failures := _carry_out([made], None, bar, stop):
             raise _failed(failures[0])
-        return made.store.path
+        return request.place or made.store.path
 
 
-def run_suite(requests: Mapping[str, Request], source: Path, bar: Progress) -> tuple[dict[str, xr.DataTree], dict[str, str]]:
+def run_suite(
+    requests: Mapping[str, Request], source: Path | str, bar: Progress
+) -> tuple[dict[str, xr.DataTree], dict[str, str]]:
     """Runs with the model, data and step size of a run that has just been made, at `source`; what failed, and why."""
-    paths: dict[str, Path] = {}
+    paths: dict[str, Path | str] = {}
     failed: dict[str, str] = {}
     left: dict[str, Request] = {}
     with ExitStack() as held, stop_signals() as stop:
         for name, request in requests.items():
             try:
-                if _is_complete(request, bar) and request.path is not None:
-                    paths[name] = request.path
+                if _is_complete(request, bar) and request.place is not None:
+                    paths[name] = request.place
                 else:
                     left[name] = request
             except Exception as error:  # whatever it is, the other restrictions are not lost
@@ -108,7 +113,7 @@ def run_suite(requests: Mapping[str, Request], source: Path, bar: Progress) -> t
         if number in failures:
             failed[name] = failures[number].message
         else:
-            paths[name] = one.store.path
+            paths[name] = one.request.place or one.store.path
     for name, reason in failed.items():
         logger.warning("restriction %r failed: %s", name, reason)
     return {name: open_store(paths[name], ours=True) for name in requests if name in paths}, failed
@@ -143,6 +148,7 @@ class _Begun:
 
     request: Request
     folder: RunFolder | None
+    mirror: Mirror | None
     known: Stored | None
     question: Question
 
@@ -153,13 +159,13 @@ def _begin(request: Request, held: ExitStack, is_first: bool, num_runs: int) -> 
     if is_first and here:
         with inputs.checkpoint.ready():
             inputs.probe(request.path)
-    folder = held.enter_context(only_writer_of(request.path))
-    known = request.stored()  # again: another process may have ended in the meantime
+    folder, mirror = held.enter_context(only_writer_at(request.path, request.objects))
+    known = request.stored_here()  # again: another process may have ended in the meantime
     question = Question(
         inputs.checkpoint, inputs.settings, inputs.paths, inputs.batches, inputs.observables, request.masks,
         {} if known is None else known.metadata, is_first, num_runs, None if here else inputs.largest_id,
     )  # fmt: skip
-    return _Begun(request, folder, known, question)
+    return _Begun(request, folder, mirror, known, question)
 
 
 def _opened(begun: _Begun, found: Planned | Exception) -> Run:
@@ -172,22 +178,26 @@ def _opened(begun: _Begun, found: Planned | Exception) -> Run:
     )
     metadata |= found.described | {"step_size": asdict(found.step_size)}
     store = open_writer(begun.folder, plan, metadata, begun.known, resume=inputs.paths.resume)
-    return Run(request, plan, store, found.placement)
+    if begun.mirror is not None:
+        begun.mirror.begin()
+    return Run(request, plan, store, found.placement, begun.mirror)
 
 
 def _is_complete(request: Request, bar: Progress) -> bool:
     """Whether the very run asked for is stored, with nothing missing or damaged."""
     known = request.stored()
-    if known is None or not known.completed or request.path is None:
+    if known is None or not known.completed or request.place is None:
         return False
     if request.inputs.on_diverged == "raise":
-        _raise_for_diverged(open_store(request.path, ours=True))
-    logger.info("%r holds this very run, complete; nothing to compute", str(request.path))
+        _raise_for_diverged(open_store(request.place, ours=True))
+    logger.info("%r holds this very run, complete; nothing to compute", str(request.place))
+    if request.objects is not None and request.path is not None:
+        discard(request.path)
     bar.skip(request.inputs.num_rows)
     return True
 
 
-def _carry_out(runs: Sequence[Run], source: Path | None, bar: Progress, stop: Stop) -> dict[int, Failure]:
+def _carry_out(runs: Sequence[Run], source: Path | str | None, bar: Progress, stop: Stop) -> dict[int, Failure]:
     """Do what is left of each run; by number, those with a chain that failed."""
     failures: dict[int, Failure] = {}
     walkers = [made.walkers for made in runs]
@@ -223,6 +233,9 @@ def _followed(steps: Generator[Step, None, list[Any]], runs: Sequence[Run], bar:
                 outcomes: list[Any] = ended.value
                 return outcomes
             bar.update(step.count, step.note)
+            for made in runs:
+                if made.mirror is not None:
+                    made.mirror.raise_if_lost()
             if stop.signal is not None:
                 steps.close()
                 kept = all(made.store.folder is not None for made in runs)

@@ -112,7 +112,8 @@ def sample(
         save_metrics: store norms and dot products of the parts of every update.
         output_path: directory of the Zarr store; None = temporary, deleted when Python exits. The same call again goes on
             where an interrupted one has stopped, and returns a finished run at once; with more chains or draws it adds them.
-            What going on needs is kept beside it, in `<output_path>.run`.
+            What going on needs is kept beside it, in `<output_path>.run`. Or the URL of an object store, as "s3://bucket/run"
+            (docs/store.md): worked on in a folder of this machine and copied at every commit.
         loss_fn: (model, input_ids) -> per-token loss (batch, token - 1); default next-token cross-entropy. Of data with other
             columns (model, batch) -> loss per row (batch,) or per position (batch, position), in nats; the batch is a dict of
             tensors, or a tuple where the data was one.
@@ -143,7 +144,7 @@ def sample(
         DevinterpInputError: an argument cannot be used; before any chain starts and before any file is made.
         RunMismatchError: output_path holds a run with other inputs.
         RunLocked: another process writes the run at output_path.
-        StorageError: the disk is full or fails; what was committed is kept.
+        StorageError: the disk is full or fails, or an object store cannot be reached; what was committed is kept.
         ChainDiverged: with on_diverged="raise", a loss is not finite.
         ChainFailed: a chain ended in an error of the model, the machine or the disk; the others are stored.
     """

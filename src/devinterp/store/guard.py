@@ -9,9 +9,9 @@ import math
 import os
 import stat
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -62,17 +62,19 @@ class Totals:
     bytes_on_disk: int = 0
     chunks_declared: int = 0
     files: int = 0
+    arrays: dict[str, Array] = field(default_factory=dict)
+    """by their names"""
 
 
-def check_store(root: Path, *, ours: bool = False) -> None:
+def check_store(root: Path, *, ours: bool = False) -> Totals:
     """Refuse what no store of ours holds, by names, kinds and sizes of files and by the declarations in their metadata.
 
-    `ours`: of the size that was asked for, however little of it is computed yet.
+    `ours`: of the size that was asked for, however little of it is computed yet. Returns what is declared and there.
 
     Raises:
         StoreError: something that runs code, lies outside, or takes more memory or time than its files can justify.
     """
-    most, totals = _limit(), Totals()
+    totals = Totals()
     try:
         folders: list[tuple[str, Array | None]] = [(os.fspath(root), None)]
         while folders:
@@ -81,9 +83,14 @@ def check_store(root: Path, *, ours: bool = False) -> None:
             folders += [(path, array) for path in _look_through(root, folder, array, totals)]
     except OSError as error:
         raise _refused(root, root, f"cannot be read: {error}", "Check its files and your permissions.") from error
-    if ours:
-        return
-    allowed = max(most, MOST_GROWTH * totals.bytes_on_disk)
+    if not ours:
+        check_growth(root, totals)
+    return totals
+
+
+def check_growth(root: str | Path, totals: Totals) -> None:
+    """Refuse more bytes or chunks declared than the files can justify."""
+    allowed = max(_limit(), MOST_GROWTH * totals.bytes_on_disk)
     if totals.bytes_declared > allowed:
         fix = f"If you trust it, set {LIMIT_VARIABLE}={totals.bytes_declared} in the environment."
         raise _refused(root, root, f"declares {totals.bytes_declared:,} bytes, {allowed:,} are allowed", fix)
@@ -136,7 +143,7 @@ def _limit() -> int:
     return max(int(given), ALWAYS_STORE_BYTES)
 
 
-def _refused(root: Path, path: str | Path, problem: str, fix: str) -> StoreError:
+def _refused(root: str | Path, path: str | Path, problem: str, fix: str) -> StoreError:
     """Names come from the store: as reprs, they cannot write to a terminal."""
     inside = os.path.relpath(path, root)
     where = "" if inside == "." else f" at {shown(inside)}"
@@ -247,18 +254,23 @@ def _declared_array(declared: dict[str, Any], name: str, totals: Totals, path: s
         raise _refused(root, path, problem, ELSEWHERE)
     totals.bytes_declared += whole
     totals.chunks_declared += math.prod(-(-length // step) for length, step in zip(shape, chunks, strict=True))
-    return Array(chunk, compressed=len(declared["codecs"]) > 1)
+    array = Array(chunk, compressed=len(declared["codecs"]) > 1)
+    totals.arrays[Path(path).parent.relative_to(root).as_posix()] = array
+    return array
 
 
 def _check_chunk(root: Path, path: str, size: int, array: Array) -> None:
     """A chunk's file decodes to what is declared, or less."""
-    decoded: int | None = size
-    if array.compressed:
-        if size <= HARMLESS_FILE_BYTES:
-            return
-        with open(path, "rb", buffering=0) as file:
-            size = os.fstat(file.fileno()).st_size  # it may have been written anew since
-            decoded = decoded_size(file, size)
+    if not array.compressed:
+        check_chunk(root, path, None, size, array)
+    elif size > HARMLESS_FILE_BYTES:
+        with open(path, "rb", buffering=0) as file:  # it may have been written anew since
+            check_chunk(root, path, file, os.fstat(file.fileno()).st_size, array)
+
+
+def check_chunk(root: str | Path, path: str, file: BinaryIO | None, size: int, array: Array) -> None:
+    """The same of a chunk that is open; None where it is not compressed."""
+    decoded = size if file is None else decoded_size(file, size)
     if decoded is None:
         raise _refused(root, path, "a chunk that is damaged, or not compressed by DevInterp", ELSEWHERE)
     if decoded > array.chunk_bytes:

@@ -7,17 +7,18 @@ at all. Hence the lease: a small file with host, process and time, renewed while
 import json
 import os
 import platform
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from devinterp.errors import RunLocked
 from devinterp.store.durable import write_durably
+from devinterp.store.regularly import Regularly
 
 HEARTBEAT_SECONDS = 30.0
 STALE_SECONDS = 600.0
@@ -49,14 +50,14 @@ class Lease:
     def is_alive(self) -> bool:
         """On this machine as its processes say; on another one, while its last sign of life is recent."""
         if self.host == platform.node():
-            return self.boot == _started(self.pid)
+            return self.boot == started(self.pid)
         return time.time() - self.seen < STALE_SECONDS
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host!r}, for {max(0.0, time.time() - self.since):.0f} s"
 
 
-def _started(pid: int) -> str:
+def started(pid: int) -> str:
     """Names a process across the restarts of its machine; where the system does not tell, by its number alone."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
@@ -87,9 +88,9 @@ def only_writer(folder: Path) -> Iterator[None]:
         if other is not None and other.is_alive and other.pid != os.getpid():
             raise RunLocked(str(folder), str(other))
         now = time.time()
-        lease = Lease(platform.node(), os.getpid(), _started(os.getpid()), now, now)
+        lease = Lease(platform.node(), os.getpid(), started(os.getpid()), now, now)
         write_durably(lease_at, json.dumps(asdict(lease)).encode(), durable=False)
-        HEARTBEAT.add(lease_at, lease)
+        HEARTBEAT.add(lease_at, partial(_renew, lease_at, lease))
         try:
             yield
         finally:
@@ -99,38 +100,9 @@ def only_writer(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-class Heartbeat:
-    """Renews all leases of this process, in one thread that runs while there are any."""
-
-    def __init__(self) -> None:
-        self._held: dict[Path, Lease] = {}
-        self._guard = threading.Lock()
-        self._stop = threading.Event()
-        self._thread: threading.Thread | None = None
-
-    def add(self, path: Path, lease: Lease) -> None:
-        with self._guard:
-            self._held[path] = lease
-            if self._thread is None:
-                self._stop = threading.Event()
-                self._thread = threading.Thread(target=self._run, name="devinterp-lease", daemon=True)
-                self._thread.start()
-
-    def remove(self, path: Path) -> None:
-        with self._guard:
-            self._held.pop(path, None)
-            if not self._held and self._thread is not None:
-                self._stop.set()
-                self._thread = None
-
-    def _run(self) -> None:
-        stop = self._stop
-        while not stop.wait(HEARTBEAT_SECONDS):
-            with self._guard:
-                for path, lease in self._held.items():
-                    renewed = {**asdict(lease), "seen": time.time()}
-                    with suppress(OSError):  # a full disk ends the run where it loses something
-                        write_durably(path, json.dumps(renewed).encode(), durable=False)
+def _renew(path: Path, lease: Lease) -> None:
+    with suppress(OSError):  # a full disk ends the run where it loses something
+        write_durably(path, json.dumps({**asdict(lease), "seen": time.time()}).encode(), durable=False)
 
 
-HEARTBEAT = Heartbeat()
+HEARTBEAT = Regularly(HEARTBEAT_SECONDS, "devinterp-lease")

@@ -7,9 +7,10 @@ from typing import Any
 import xarray as xr
 from zarr.storage import LocalStore
 
-from devinterp.errors import InputTypeError, StoreError, got, shown
+from devinterp.errors import DevinterpError, InputTypeError, StoreError, got, shown
 from devinterp.store.guard import check_store
 from devinterp.store.metadata import check_metadata, is_number
+from devinterp.store.objects import is_url
 
 AS_STORED: dict[str, Any] = {
     "mask_and_scale": False, "decode_times": False, "decode_timedelta": False,
@@ -26,6 +27,22 @@ def open_store(path: str | os.PathLike[str], *, ours: bool = False) -> xr.DataTr
     """
     if not isinstance(path, str | os.PathLike):
         raise InputTypeError(got("path", path, "the path of a store", "Give the output_path of a run."))
+    name = shown(os.fspath(path), 300)
+    try:
+        return xr.open_datatree(store_at(path, ours=ours), engine="zarr", consolidated=False, zarr_format=3, **AS_STORED)
+    except DevinterpError:
+        raise
+    except Exception as error:  # whatever a damaged store makes of zarr and xarray
+        reason = shown(f"{type(error).__name__}: {error}", 300)
+        raise StoreError(f"{name} cannot be read as a store: {reason}. Ask for another copy, or run it again.") from error
+
+
+def store_at(path: str | os.PathLike[str], *, ours: bool = False) -> Any:
+    """What zarr reads, after it was looked at."""
+    if is_url(path):
+        from devinterp.store.remote_reader import checked_store
+
+        return checked_store(os.fspath(path), ours=ours)
     folder = Path(path).absolute()
     name = shown(os.fspath(path), 300)
     try:
@@ -35,12 +52,7 @@ def open_store(path: str | os.PathLike[str], *, ours: bool = False) -> xr.DataTr
     if not found:
         raise StoreError(f"{name} is not a store: it has no zarr.json. Give the output_path of a run.")
     check_store(folder, ours=ours)
-    local: Any = LocalStore(folder, read_only=True)  # a path that holds "::" would be taken for a URL
-    try:
-        return xr.open_datatree(local, engine="zarr", consolidated=False, zarr_format=3, **AS_STORED)
-    except Exception as error:  # whatever a damaged store makes of zarr and xarray
-        reason = shown(f"{type(error).__name__}: {error}", 300)
-        raise StoreError(f"{name} cannot be read as a store: {reason}. Ask for another copy, or run it again.") from error
+    return LocalStore(folder, read_only=True)  # a path that holds "::" would be taken for a URL
 
 
 def metadata_of(samples: xr.DataTree | xr.Dataset) -> dict[str, Any]:

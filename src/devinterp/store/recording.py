@@ -41,7 +41,7 @@ class Baseline:
     plan: Plan
     store: StoreWriter
     checkpoint_every: float
-    source: Path | None = None
+    source: Path | str | None = None
     """the store of a run that differs in its masks alone: its baseline is this one's too"""
 
 

@@ -7,7 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -83,56 +83,60 @@ class Stored:
 
 def stored_run(path: Path | None, fingerprint: dict[str, Any], sizes: Mapping[str, int]) -> Stored | None:
     """The run at `path`, of which `sizes` are the dims, when it is the one asked for; refuses any other thing that is there."""
-    if path is None:
-        return None
+    known = None if path is None else recognised(path, fingerprint, sizes, str(path))
+    if path is None or known is None or not known.completed:
+        return known
+    return replace(known, completed=not RunFolder(path).damage(known.metadata["identity"]["num_chains"]))
+
+
+def recognised(path: Path, fingerprint: dict[str, Any], sizes: Mapping[str, int], at: str) -> Stored | None:
+    """As `stored_run`, by its records alone: `completed` as they say. `at` is where the caller has it."""
     folder = RunFolder(path)
     record = folder.record()
     if record is None and not path.exists():
         folder.check_ours()
         return None
-    attributes = _attributes(path, record)
+    attributes = _attributes(path, record, at)
     if record is not None and path.exists() and not folder.holds(record, attributes):
         fix = f"It holds none of the files of the run that {folder.path.name!r} speaks of. Nothing was changed; choose another."
-        raise InputValueError(got("output_path", str(path), "new, or a run of devinterp", fix))
+        raise InputValueError(got("output_path", at, "new, or a run of devinterp", fix))
     metadata = check_metadata(attributes["metadata"] if record is None else record["metadata"])
     stored = metadata.get("identity")
     if not isinstance(stored, dict):
-        raise RunMismatchError(str(path), ["identity: this store has none (devinterp 2.0 wrote none)"])
+        raise RunMismatchError(at, ["identity: this store has none (devinterp 2.0 wrote none)"])
     lines = differences(stored, fingerprint)
     missing = [name for name in ("step_size", "computed") if name not in metadata]
     if missing and not lines:
-        raise StoreError(f"the store {shown(str(path))} lacks {missing}: it was changed. Choose another output_path.")
+        raise StoreError(f"the store {shown(at)} lacks {missing}: it was changed. Choose another output_path.")
     if not lines:
         if record is None and attributes.get("completed") == 1:
-            _check_sizes(path, sizes)
-        return Stored(metadata, attributes.get("completed") == 1 and not folder.damage(stored["num_chains"]))
+            _check_sizes(at, sizes)
+        return Stored(metadata, attributes.get("completed") == 1)
     different = {name for name in {**stored, **fingerprint} if stored.get(name) != fingerprint.get(name)}
     if different <= set(MORE) and len(lines) == len(different):
         if all(stored[name] <= fingerprint[name] for name in MORE):
             return Stored(metadata, completed=False)
         lines[-1] += ". A stored run is not shortened: open it and take a part with .isel(chain=..., draw=...)"
-    raise RunMismatchError(str(path), lines)
+    raise RunMismatchError(at, lines)
 
 
-def _check_sizes(path: Path, sizes: Mapping[str, int]) -> None:
+def _check_sizes(at: str, sizes: Mapping[str, int]) -> None:
     """Of a store that has come without its folder, and so without digests of its layout."""
-    known = root_of(open_store(path, ours=True))
+    known = root_of(open_store(at, ours=True))
     if other := {str(dim): size for dim, size in known.sizes.items() if size != sizes.get(str(dim))}:
-        raise StoreError(
-            f"the store {shown(str(path))} has the sizes {shown(other)}: it was changed. Choose another output_path."
-        )
+        raise StoreError(f"the store {shown(at)} has the sizes {shown(other)}: it was changed. Choose another output_path.")
     if missing := [name for name in ("chain_status", "diverged_at") if name not in known]:
-        raise StoreError(f"the store {shown(str(path))} lacks {missing}: it was changed. Choose another output_path.")
+        raise StoreError(f"the store {shown(at)} lacks {missing}: it was changed. Choose another output_path.")
 
 
-def _attributes(path: Path, record: Mapping[str, Any] | None) -> dict[str, Any]:
+def _attributes(path: Path, record: Mapping[str, Any] | None, at: str) -> dict[str, Any]:
     """Of the store's root alone: any other file may be damaged, which the same call mends."""
     fix = "Nothing was changed. Choose another output_path."
     try:
         if path.exists():
             check_kinds(path)
     except (StoreError, OSError) as error:
-        raise InputValueError(got("output_path", str(path), "a folder of plain files", fix)) from error
+        raise InputValueError(got("output_path", at, "a folder of plain files", fix)) from error
     try:
         attributes = attributes_of(path)
         check_metadata(attributes.get("metadata"))
@@ -140,7 +144,7 @@ def _attributes(path: Path, record: Mapping[str, Any] | None) -> dict[str, Any]:
     except StoreError as error:
         if record is not None:
             return {}
-        raise InputValueError(got("output_path", str(path), "new, or a run of devinterp", fix)) from error
+        raise InputValueError(got("output_path", at, "new, or a run of devinterp", fix)) from error
 
 
 def layout(

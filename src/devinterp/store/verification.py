@@ -8,9 +8,11 @@ import numpy as np
 import xarray as xr
 
 from devinterp.store.folder import RunFolder, damaged_files
+from devinterp.store.objects import Objects, is_url
 from devinterp.store.reader import open_store
+from devinterp.store.remote import damaged_objects, looked_at
 from devinterp.store.schema import COMPLETE
-from devinterp.store.writer import StoreWriter
+from devinterp.store.writer import array_of, stored_group
 
 
 @dataclass
@@ -32,16 +34,25 @@ def verify(store: str | os.PathLike[str]) -> Verified:
     chunk by chunk: each carries a checksum, and none may be missing of a chain that is complete.
 
     Args:
-        store: the run's `output_path`.
+        store: the run's `output_path`, a URL too: then every object is read.
 
     Raises:
         StoreError: this is no store.
+        StorageError: an object store cannot be reached.
     """
-    path, found = Path(store), Verified()
-    folder = RunFolder(path)
+    if is_url(store):
+        objects = Objects.of(os.fspath(store))
+        with looked_at(objects) as (path, _):
+            return _against_records(path, objects) or _read_through(objects.url, objects)
+    return _against_records(Path(store), None) or _read_through(Path(store), None)
+
+
+def _against_records(path: Path, objects: Objects | None) -> Verified | None:
+    """The records lie beside `path`, what they speak of too or in an object store; None where there are none."""
+    folder, found = RunFolder(path), Verified()
     record = folder.record()
     if record is None:
-        return _read_through(path)
+        return None
     found.checked += len(record["digests"] or {}) + 1
     found.damaged |= dict.fromkeys(folder.damaged_layout(), "the run's layout")
     for name, part in folder.parts().items():
@@ -50,16 +61,18 @@ def verify(store: str | os.PathLike[str]) -> Verified:
             continue
         of = name if not progress.chains else f"chains {list(progress.chains)}"
         found.checked += len(progress.digests)
-        found.damaged |= dict.fromkeys(damaged_files(path, progress.digests), of)
+        damaged = damaged_files(path, progress.digests) if objects is None else damaged_objects(objects, progress.digests)
+        found.damaged |= dict.fromkeys(damaged, of)
     return found
 
 
-def _read_through(path: Path) -> Verified:
+def _read_through(path: Path | str, objects: Objects | None) -> Verified:
     found = Verified(without_digests=True)
-    ds, store = open_store(path).to_dataset(), StoreWriter(path, {})
+    ds = open_store(path).to_dataset()
+    root = stored_group(path)
     complete = _complete_chains(ds)
     for name in map(str, ds.variables):
-        array, dims = store.array(name), ds[name].dims
+        array, dims = array_of(root, name, path), ds[name].dims
         chunks = [range(-(-size // length)) for size, length in zip(array.shape, array.chunks, strict=True)]
         for place in np.ndindex(*map(len, chunks)):
             file = "/".join([name, "c", *map(str, place)])
@@ -71,7 +84,8 @@ def _read_through(path: Path) -> Verified:
                 found.damaged[file] = of
             else:
                 may_be_missing = name == "diverged_at" or ("chain" in dims and place[0] not in complete)
-                if not (path / file).exists() and not may_be_missing:
+                there = Path(path, file).exists() if objects is None else f"{objects.name}/{file}" in objects.tags
+                if not there and not may_be_missing:
                     found.damaged[file] = of
     return found
 

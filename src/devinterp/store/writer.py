@@ -21,6 +21,7 @@ from zarr.codecs import ZstdCodec
 from devinterp.errors import InputValueError, StorageError, StoreError, got, shown
 from devinterp.store.durable import digest_of, free_bytes, size_of, sync_tree, write_durably
 from devinterp.store.folder import Digests, RunFolder
+from devinterp.store.reader import store_at
 from devinterp.store.schema import Variable, chunks
 
 
@@ -90,11 +91,11 @@ class StoreWriter:
     def write(self, name: str, value: Any, *region: int | slice) -> None:
         self.array(name)[region or ...] = np.asarray(value)
 
-    def copy(self, names: Iterable[str], source: Path) -> None:
+    def copy(self, names: Iterable[str], source: Path | str) -> None:
         """Take these arrays from another store of the same layout."""
-        other = StoreWriter(source, self.variables)
+        other = stored_group(source, ours=True)
         for name in names:
-            mine, theirs = self.array(name), other.array(name)
+            mine, theirs = self.array(name), array_of(other, name, source)
             step = mine.chunks[0] if mine.shape else 1
             for start in range(0, mine.shape[0], step):
                 mine[start : start + step] = theirs[start : start + step]
@@ -130,12 +131,19 @@ class StoreWriter:
         return int(np.asarray(self.array("diverged_at")[chain]))
 
     def array(self, name: str) -> "zarr.Array[Any]":
-        array = self._root.get(name)
-        if not isinstance(array, zarr.Array):
-            raise StoreError(
-                f"the store {shown(str(self.path))} has no array {name!r}: it is damaged. Choose another output_path."
-            )
-        return array
+        return array_of(self._root, name, self.path)
+
+
+def stored_group(at: Path | str, *, ours: bool = False) -> zarr.Group:
+    """The arrays of a store that is not written to, after it was looked at."""
+    return zarr.open_group(store_at(at, ours=ours), mode="r", zarr_format=3, use_consolidated=False)
+
+
+def array_of(root: zarr.Group, name: str, at: Path | str) -> "zarr.Array[Any]":
+    array = root.get(name)
+    if not isinstance(array, zarr.Array):
+        raise StoreError(f"the store {shown(str(at))} has no array {name!r}: it is damaged. Choose another output_path.")
+    return array
 
 
 def mark_completed(path: Path, completed: int) -> None:
@@ -204,7 +212,8 @@ class Rows:
         """Rows of the chunk that begins."""
         array = self._arrays.setdefault(name, self._store.array(name))
         along = int(self._chain is not None and "chain" in self._store.variables[name].dims)
-        return int(min(array.chunks[along], array.shape[along] - self._written[name]))
+        chunk, at = array.chunks[along], self._written[name]
+        return int(min(chunk - at % chunk, array.shape[along] - at))  # a longer run may go on within a chunk
 
     def _write(self, name: str) -> None:
         start, held = self._written[name], self._held.pop(name)[: self._count.pop(name)]
