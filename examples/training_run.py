@@ -16,13 +16,15 @@ from pathlib import Path
 import datasets
 import torch
 import transformers
+import xarray as xr
 from datasets import Dataset, concatenate_datasets
+from matplotlib import pyplot
 from tokenizers import ByteLevelBPETokenizer
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
 import devinterp
-from devinterp.pictures.training import plot_llc_over_training
+from devinterp.pictures import plot_llc_over_checkpoints, plot_loss_over_checkpoints
 
 CONTEXT, VOCABULARY, BATCH = 64, 1024, 16
 CHECKPOINTS = (0, 8, 28, 97, 342, 640, 1200)
@@ -97,7 +99,9 @@ def train(dataset: Dataset, tokenizer: PreTrainedTokenizerFast, checkpoints: lis
         optimizer.step()
 
 
-def measure(checkpoint: Path, dataset: Dataset, observables: dict[str, Dataset], output_path: Path, settings: dict) -> dict:
+def measure(
+    checkpoint: Path, dataset: Dataset, observables: dict[str, Dataset], output_path: Path, settings: dict
+) -> tuple[dict, xr.Dataset]:
     """The public calls that a user makes: load, sample, compute."""
     model = AutoModelForCausalLM.from_pretrained(checkpoint)
     samples = devinterp.sample(model, dataset, observables, output_path=output_path, **settings)
@@ -111,10 +115,10 @@ def measure(checkpoint: Path, dataset: Dataset, observables: dict[str, Dataset],
         "ess": float(result.ess_bulk),
     }
     for name in observables:
-        row[f"loss {name}"] = float(samples[f"init_loss_{name}"].mean())
+        row[f"loss {name}"] = float(result.init_loss_observable.sel(observable=name))
         row[f"llc {name}"] = float(result.llc_observable.sel(observable=name))
         row[f"sem {name}"] = float(result.llc_observable_sem.sel(observable=name))
-    return row
+    return row, result
 
 
 def run(folder: Path, checkpoints: tuple[int, ...] = CHECKPOINTS, characters: int = 2_500_000, **changed: object) -> list[dict]:
@@ -133,23 +137,19 @@ def run(folder: Path, checkpoints: tuple[int, ...] = CHECKPOINTS, characters: in
     trained = time.monotonic()
     settings = SAMPLING | changed
     observables = {"code": held_out_code, "prose": held_out_prose}
-    rows = []
+    rows, results = [], {}
     for step in checkpoints:
         name = f"step-{step:06d}"
-        rows.append(measure(folder / "checkpoints" / name, dataset, observables, folder / "runs" / name, settings))
+        row, results[step] = measure(folder / "checkpoints" / name, dataset, observables, folder / "runs" / name, settings)
+        rows.append(row)
         print_row(rows[-1], header=len(rows) == 1)
-    figure = plot_llc_over_training(
-        [row["step"] for row in rows],
-        {name: [row[f"loss {name}"] for row in rows] for name in observables},
-        {
-            "sampling data": ([row["llc"] for row in rows], [row["sem"] for row in rows]),
-            **{name: ([row[f"llc {name}"] for row in rows], [row[f"sem {name}"] for row in rows]) for name in observables},
-        },
-        title=f"GPT-NeoX, 231k parameters, on Python's standard library\nn_beta {settings['n_beta']:g}, "
-        f"localization {settings['localization']:g}, {settings['num_chains']} chains x {settings['num_draws']} draws; "
-        "bars: two standard errors",
-    )
+    figure, (above, below) = pyplot.subplots(2, sharex=True, figsize=(7, 6.5), layout="constrained")
+    plot_loss_over_checkpoints(results, ax=above).set_xlabel("")
+    plot_llc_over_checkpoints(results, ax=below)
+    length = f"{settings['num_chains']} chains x {settings['num_draws']} draws"
+    figure.suptitle(f"GPT-NeoX, 231k parameters, on Python's standard library; {length}", fontsize=10)
     figure.savefig(folder / "llc_over_training.png", dpi=130)
+    pyplot.close(figure)
     print(f"\npicture: {folder / 'llc_over_training.png'}")
     print(f"stores:  {folder / 'runs'} (look into one with: devinterp show {folder / 'runs' / name})")
     print("LLCs depend on the sampler's settings, localization above all: compare them at one setting only, as here.")
