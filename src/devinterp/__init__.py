@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from devinterp.slt.diagnosis import describe, diagnose
     from devinterp.slt.llc import compute_llc, llc
     from devinterp.slt.patterning import compute_patterning
+    from devinterp.slt.report import report
     from devinterp.slt.sampling import sample
     from devinterp.slt.susceptibilities import compute_susceptibilities, susceptibilities
     from devinterp.slt.weight_restrictions import create_param_masks, preview_weight_restriction
@@ -27,6 +28,7 @@ _HOMES = {
     "susceptibilities": "devinterp.slt.susceptibilities",
     "compute_susceptibilities": "devinterp.slt.susceptibilities",
     "compute_patterning": "devinterp.slt.patterning",
+    "report": "devinterp.slt.report",
     "create_param_masks": "devinterp.slt.weight_restrictions",
     "preview_weight_restriction": "devinterp.slt.weight_restrictions",
     "calibrate": "devinterp.slt.calibration",
@@ -50,6 +52,7 @@ __all__ = [
     "diagnose",
     "llc",
     "preview_weight_restriction",
+    "report",
     "sample",
     "susceptibilities",
     "tokenize_and_concatenate",

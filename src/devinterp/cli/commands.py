@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from devinterp.cli.inputs import load_model
+from devinterp.cli.inputs import load_model, load_tokenizer
 from devinterp.cli.options import CHOSEN, Job, sampling_command
 from devinterp.cli.printing import print_chains, print_diagnosis, print_settings, print_summary, print_table
 from devinterp.errors import DevinterpError, InputValueError, got
@@ -82,6 +82,30 @@ def calibrate_command(
     ]
     save.write_text("\n".join(lines) + "\n")
     typer.echo(f"\nsettings in {str(save)!r}; take them with: devinterp llc MODEL --data DATA --config {str(save)!r}")
+
+
+def report_command(
+    runs: Annotated[list[Path], typer.Argument(help="A store, stores, or a folder of the stores of one sweep or suite.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The HTML file. An earlier report is replaced.")] = Path(
+        "report.html"
+    ),
+    tokenizer: Annotated[str | None, typer.Option(help="Directory or hub id: shows tokens as text.")] = None,
+    sampling_task: Annotated[
+        str | None, typer.Option(help="Observable that holds sampling data, for susceptibilities of components.")
+    ] = None,
+    estimator: Annotated[str, typer.Option(help="Of susceptibilities: one_chain or two_chain.")] = "one_chain",
+    sequences: Annotated[int, typer.Option(help="Sequences of each observable whose text is shown.")] = 4,
+    title: Annotated[str | None, typer.Option(help="Of the page.  [default: the model's class]")] = None,
+) -> None:
+    """Write verdicts, charts, tables and texts of runs as one HTML file that opens without a network."""
+    from devinterp.slt.report import report
+
+    decoder = None if tokenizer is None else load_tokenizer(tokenizer)
+    path = report(
+        runs[0] if len(runs) == 1 else runs, output, tokenizer=decoder, sampling_task=sampling_task, estimator=estimator,
+        sequences=sequences, title=title,
+    )  # fmt: skip
+    typer.echo(f"report in {str(path)!r} ({path.stat().st_size / 2**20:.1f} MiB); open it with a browser")
 
 
 def verify_command(store: Annotated[Path, typer.Argument(help="Directory of a store.")]) -> None:

@@ -7,6 +7,21 @@ from typing import Any
 from devinterp.errors import InputValueError, got
 
 
+def load_tokenizer(name: str, revision: str | None = None) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        # without the False, transformers asks at a terminal whether to run the code that comes with a checkpoint
+        return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        fix = f"Check the path or name. ({_first_line(error)})"
+        raise InputValueError(got("--tokenizer", name, "a directory with a tokenizer, or a hub id", fix)) from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]
+
+
 def load_model(model: str, revision: str | None) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
@@ -18,8 +33,7 @@ def load_model(model: str, revision: str | None) -> tuple[Any, Any]:
         tokenizer = AutoTokenizer.from_pretrained(model, revision=revision, trust_remote_code=False)
         return AutoModelForCausalLM.from_pretrained(model, revision=revision, trust_remote_code=False), tokenizer
     except (OSError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
-        fix = f"Check the path or name. ({reason})"
+        fix = f"Check the path or name. ({_first_line(error)})"
         raise InputValueError(got("MODEL", model, "a directory with a model and tokenizer, or a hub id", fix)) from error
 
 
@@ -50,5 +64,5 @@ def load_text(option: str, source: str, column: str, split: str) -> Any:
     try:
         return load_dataset(source, split=split)
     except Exception as error:
-        reason = str(error).strip().split("\n")[0]
-        raise InputValueError(got(option, source, "a file or a hub dataset", f"Check the name. ({reason})")) from error
+        fix = f"Check the name. ({_first_line(error)})"
+        raise InputValueError(got(option, source, "a file or a hub dataset", fix)) from error
