@@ -2,12 +2,12 @@
 
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from devinterp.engine.settings import choice, integer
-from devinterp.errors import InputTypeError, InputValueError, StorageError, got
+from devinterp.errors import DevinterpError, InputTypeError, InputValueError, StorageError, got
 from devinterp.pictures.page.body import body
 from devinterp.pictures.page.charts import script, specifications
 from devinterp.pictures.page.html import MARK, page
@@ -69,29 +69,42 @@ def report(
     runs = runs_of(samples)
     task = _check_task(sampling_task, runs)
     numbers = Numbers(runs, tokenizer, task, estimator, sequences)
-    values = values_of(numbers) | {"charts": charts}
+    values, missing = values_of(numbers)
+    values["charts"] = charts
     first = runs.runs[0]
     named = title or _model_of(first)[0]
     text = page(
-        named, body(named, _subtitle(runs), values, _facts(runs), settings_of(runs), _notes(runs, numbers)), values, library
+        named,
+        body(named, _subtitle(runs), values, _facts(runs), settings_of(runs), [*_notes(runs, numbers), *missing]),
+        values,
+        library,
     )
     _write(path, text)
     return path
 
 
-def values_of(numbers: Numbers) -> dict[str, Any]:
-    """All numbers and texts of the page."""
-    runs = numbers.runs
+def values_of(numbers: Numbers) -> tuple[dict[str, Any], list[str]]:
+    """All numbers and texts of the page, and why some are not there."""
+    runs, missing = numbers.runs, []
+
+    def tried(compute: Callable[[str], Any], what: str, checkpoint: str, otherwise: Any) -> Any:
+        try:
+            return compute(checkpoint)
+        except DevinterpError as error:
+            missing.append(f"No {what} at {checkpoint}: {error}")
+            return otherwise
+
     names = runs.checkpoints
     steps = Steps.of(names)
-    return {
+    values = {
         "full": FULL, "not_known": NOT_KNOWN, "colours": [NEGATIVE, POSITIVE], "checkpoints": names,
         "steps": list(steps.at) if steps.is_training else None,
         "runs": [numbers.of_run(run) for run in runs.runs],
-        "texts": [numbers.texts(name) for name in names],
-        "influences": [numbers.influences(name) for name in names],
-        "responses": [numbers.responses(name) for name in names],
+        "texts": [tried(numbers.texts, "text", name, []) for name in names],
+        "influences": [tried(numbers.influences, "influences", name, None) for name in names],
+        "responses": [tried(numbers.responses, "susceptibilities", name, None) for name in names],
     }  # fmt: skip
+    return values, missing
 
 
 def _check_task(given: str | None, runs: Runs) -> str | None:
@@ -109,6 +122,8 @@ def _check_path(output_path: Any) -> Path:
         raise InputTypeError(got("output_path", output_path, "a path", "Try 'report.html'."))
     path = Path(output_path).expanduser().absolute()
     try:
+        if "\0" in str(path):
+            raise ValueError("it holds a null byte")
         if not path.parent.is_dir():
             raise InputValueError(got("output_path", str(path), "in a folder that is there", "Make the folder first."))
         if path.is_symlink() or (path.exists() and not _is_report(path)):

@@ -10,7 +10,7 @@ import numpy as np
 import xarray as xr
 
 from devinterp.analysis.projection import principal_components
-from devinterp.errors import ChainsUnusable, DevinterpError
+from devinterp.errors import ChainsUnusable
 from devinterp.pictures.influence import influence_clusters
 from devinterp.pictures.susceptibility import means_of
 from devinterp.pictures.texts import kind_of, texts_of
@@ -21,6 +21,8 @@ from devinterp.slt.report_runs import Run, Runs
 from devinterp.slt.suites import FULL, averaged
 from devinterp.slt.susceptibilities import compute_susceptibilities
 from devinterp.store.reader import metadata_of, n_beta_of, observable_names
+from devinterp.store.samples import status_of_chains
+from devinterp.store.schema import COMPLETE
 
 MOST_SEQUENCES = 64
 """of the matrix of influences"""
@@ -167,7 +169,7 @@ class Numbers:
 
     def responses(self, checkpoint: str) -> dict[str, Any] | str | None:
         """Of the components to observables, sequences and tokens, standardised; or why there are none."""
-        of_each = {name: run.ds for name, run in self.runs.of(checkpoint).items()}
+        of_each = {name: run.ds for name, run in self.runs.of(checkpoint).items() if COMPLETE in status_of_chains(run.ds)}
         if not set(of_each) - {FULL}:
             return None
         if self.sampling_task is None:
@@ -179,11 +181,8 @@ class Numbers:
             "standardize": True,
             "on_diverged": "drop",
         }
-        try:
-            tree = compute_susceptibilities(of_each, self.sampling_task, errors=False, **options)
-            means = compute_susceptibilities(of_each, self.sampling_task, mean_over="dataset", **options)
-        except DevinterpError as error:
-            return f"No susceptibilities: {error}"
+        tree = compute_susceptibilities(of_each, self.sampling_task, errors=False, **options)
+        means = compute_susceptibilities(of_each, self.sampling_task, mean_over="dataset", **options)
         sus, of_data = tree["susceptibilities"].to_dataset(), means["susceptibilities"].to_dataset()
         values, errors = means_of(of_data)
         names = [str(name) for name in sus.wr.values]

@@ -58,13 +58,16 @@ def _base() -> Any:
 
 
 def _series(field: str, lines: bool = False) -> dict[str, Any]:
-    """Encodings that tell series apart, by colour and by something else, in one legend."""
+    """Encodings that tell series apart, by colour and by something else, which needs no legend of its own.
+
+    `look` is the same field under another name: Vega-Lite would join the legends of one field, and complain.
+    """
     alt = altair()
     legend = alt.Legend(**LEGEND, symbolType="stroke" if lines else alt.Undefined)
     found = {"color": alt.Color(f"{field}:N", sort=None, scale=alt.Scale(range=list(COLOURS)), legend=legend)}
     if lines:
-        return found | {"strokeDash": alt.StrokeDash(f"{field}:N", sort=None, scale=alt.Scale(range=DASHES), legend=None)}
-    return found | {"shape": alt.Shape(f"{field}:N", sort=None, scale=alt.Scale(range=list(SHAPES)), legend=None)}
+        return found | {"strokeDash": alt.StrokeDash("look:N", sort=None, scale=alt.Scale(range=DASHES), legend=None)}
+    return found | {"shape": alt.Shape("look:N", sort=None, scale=alt.Scale(range=list(SHAPES)), legend=None)}
 
 
 def _signed(field: str, title: str) -> Any:
@@ -94,7 +97,11 @@ def checkpoints(is_training: bool) -> Any:
     else:
         x = alt.X("name:N", title="checkpoint", sort=None, axis=alt.Axis(labelLimit=140, labelAngle=-30))
     y = alt.Y("llc:Q", title=f"LLC (dimensionless), {TWO_ERRORS}", scale=alt.Scale(zero=False))
-    base = _base().encode(x=x, opacity=alt.condition(chosen, alt.value(1), alt.value(0.12)))
+    base = (
+        _base()
+        .transform_calculate(look="datum.series")
+        .encode(x=x, opacity=alt.condition(chosen, alt.value(1), alt.value(0.12)))
+    )
     series, dashed = _series("series"), _series("series", lines=True)["strokeDash"]
     tips = _tips(name="checkpoint", series="of", llc=("LLC", ".4"), sem=("standard error", ".2"), loss=("loss (nats)", ".4"))
     line = base.mark_line().encode(y=y, color=series["color"], strokeDash=dashed)
@@ -111,7 +118,8 @@ def traces() -> Any:
     x = alt.X("draw:Q", title="draw (thin: the trace; thick: its mean so far)", scale=alt.Scale(nice=False, domainMin=1),
               axis=alt.Axis(tickCount=10))  # fmt: skip
     title = ["n_beta (loss - loss at checkpoint)", "its mean: the LLC (dimensionless)"]
-    y, base = alt.Y("value:Q", title=title, scale=alt.Scale(zero=False)), _base().encode(x=x)
+    y = alt.Y("value:Q", title=title, scale=alt.Scale(zero=False))
+    base = _base().transform_calculate(look="datum.chain").encode(x=x)
     looks = _series("chain", lines=True)
     band = _base().mark_rect(opacity=0.15, color="grey").encode(y=alt.Y("min(low):Q", title=""), y2="max(high):Q")
     thin = base.mark_line(strokeWidth=0.7).encode(y=y, opacity=faint, color=looks["color"])
@@ -136,7 +144,7 @@ def influences() -> Any:
 
 
 def responses() -> Any:
-    """Rows: component, observable, mean, low, high, sem."""
+    """Rows: component, observable, mean, low, high, sem. The page sets the height, by the number of bars."""
     alt = altair()
     y = alt.Y("component:N", sort=None, title="component", axis=alt.Axis(labelLimit=160))
     base = _base().encode(y=y, yOffset=alt.YOffset("observable:N", sort=None))
@@ -146,11 +154,11 @@ def responses() -> Any:
         x=alt.X("mean:Q", title=title, axis=alt.Axis(tickCount=8)), color=_series("observable")["color"], tooltip=tips
     )
     errors = base.mark_rule(strokeWidth=1.4, color="grey").encode(x=alt.X("low:Q", title=""), x2="high:Q")
-    return (bars + errors).properties(height=alt.Step(14))
+    return bars + errors
 
 
 def by_sequence() -> Any:
-    """Rows: at, component, and of cells name, value; of the strip below group."""
+    """Rows: at, component, and of cells name, value; of the strip below group. The page sets the height."""
     alt = altair()
     blank = alt.Axis(labels=False, ticks=False, domain=False)
     x = alt.X("at:O", title="sequence", axis=blank, scale=alt.Scale(padding=0))
@@ -161,7 +169,7 @@ def by_sequence() -> Any:
     strip = base.transform_filter("isValid(datum.group)").encode(
         color=_series("group")["color"], tooltip=_tips(group="observable")
     )
-    return (cells + strip).resolve_scale(color="independent").properties(height=alt.Step(18))
+    return (cells + strip).resolve_scale(color="independent")
 
 
 def points() -> Any:
@@ -179,5 +187,10 @@ def points() -> Any:
         for axis, field, name in ((alt.X, "x", "first"), (alt.Y, "y", "second"))
     )
     seen = alt.condition(chosen, alt.value(0.6), alt.value(0.04))
-    made = _base().mark_point(filled=True, size=26).encode(x=x, y=y, opacity=seen, tooltip=tips, **_series("kind"))
+    made = (
+        _base()
+        .transform_calculate(look="datum.kind")
+        .mark_point(filled=True, size=26)
+        .encode(x=x, y=y, opacity=seen, tooltip=tips, **_series("kind"))
+    )
     return made.add_params(chosen).interactive(name="view").properties(height=460)

@@ -41,7 +41,7 @@ async function draw(id) {
   if (one.change) one.change(spec, rows);
   const renderer = rows.length > 1500 ? "canvas" : "svg";
   const made = await vegaEmbed($(id), spec, {
-    mode: "vega-lite", ast: true, renderer, logLevel: 1, tooltip: { theme: isDark() ? "dark" : "light", sanitize: (value) => escaped(visible(String(value))) },
+    mode: "vega-lite", ast: true, renderer, tooltip: { theme: isDark() ? "dark" : "light", sanitize: (value) => escaped(visible(String(value))) },
     actions: { export: true, source: false, compiled: false, editor: false }, downloadFileName: "devinterp-" + id,
   });
   one.view?.finalize();
@@ -182,13 +182,14 @@ function showTexts() {
   const chosen = known[Math.min($("text-measure").value || 0, known.length - 1)];
   const texts = V.texts[at].filter((text) => visible(text.observable) === $("text-observable").selectedOptions[0]?.textContent);
   const found = texts.map((text) => valuesFor(at, text, chosen));
-  const others = found.flatMap(([values], number) => values.filter((_, i) => !(chosen[1] === "influence" && picked && texts[number].observable === picked.observable && texts[number].sequence === picked.sequence && i === picked.position - 1)));
+  const isPicked = (text, position) => picked && picked.observable === text.observable && picked.sequence === text.sequence && picked.position === position;
+  const others = found.flatMap(([values], at) => values.filter((_, i) => !(chosen[1] === "influence" && isPicked(texts[at], i + 1))));
   const limit = limits(others);
   $("text-scale-low").textContent = signed(-limit);
   $("text-scale-high").textContent = signed(limit);
   $("text-unit").textContent = chosen[2] + "; underlined: negative" + (chosen[1] === "influence" && !picked ? ". Click a token." : "");
-  $("texts").replaceChildren(...texts.map((text, number) => {
-    const [values, errors] = found[number], box = document.createElement("div");
+  $("texts").replaceChildren(...texts.map((text, place) => {
+    const [values, errors] = found[place], box = document.createElement("div");
     box.className = "text";
     text.tokens.forEach((token, i) => {
       const span = document.createElement("span"), value = i ? values[i - 1] : null;
@@ -200,7 +201,7 @@ function showTexts() {
         span.style.backgroundColor = (value < 0 ? V.colours[0] : V.colours[1]) + Math.round(share * 205).toString(16).padStart(2, "0");
         span.classList.toggle("negative", value < 0);
       }
-      if (picked && picked.observable === text.observable && picked.sequence === text.sequence && picked.position === i) span.classList.add("picked");
+      if (isPicked(text, i)) span.classList.add("picked");
       const lines = () => [`${JSON.stringify(visible(token))}`, `${text.observable}, sequence ${text.sequence}, position ${i}`,
         ...(i ? [`${chosen[0]}: ${value === null ? "not known" : signed(value, 4)}${errors ? " ± " + number(errors[i - 1], 2) : ""}`, `loss at the checkpoint: ${number(text.loss[i - 1])} nats`] : ["nothing predicts the first token"])];
       const show = (x, y) => showTip(lines(), x, y);
@@ -263,10 +264,10 @@ function showComponents() {
   chart("responses", "responses", () => !there ? [] : found.components.flatMap((component, c) => found.observables.map((observable, o) => {
     const mean = found.means[o][c], sem = found.errors ? found.errors[o][c] : 0;
     return { component: visible(component), observable: visible(observable), mean, sem, low: mean - 2 * sem, high: mean + 2 * sem };
-  })));
+  })), (spec) => { spec.height = 4 + found.components.length * (6 + 12 * found.observables.length); });
   chart("by-sequence", "sequences", () => !there ? [] : found.by_sequence.flatMap((values, at) => values.map((value, c) => ({ component: visible(found.components[c]), at,
     name: visible(`${found.sequences[at][0]} ${found.sequences[at][1]}`), value })))
-    .concat(found.sequences.map(([name], at) => ({ component: "observable", at, group: visible(name) }))), within);
+    .concat(found.sequences.map(([name], at) => ({ component: "observable", at, group: visible(name) }))), (spec, rows) => { within(spec, rows); spec.height = 18 * (found.components.length + 1); });
   const points = there && found.points, by = $("point-kind").value === "1" ? 3 : 2;
   $("point-note").textContent = points ? `${points.rows.length} of ${points.of} tokens. The axes hold ${Math.round(100 * points.shares[0])} % and ${Math.round(100 * points.shares[1])} % of the variance. Scroll to zoom, drag to move, click the legend to single out a kind.` : "";
   chart("points", "points", () => !points ? [] : points.rows.map((row) => ({ x: row[0], y: row[1], observable: visible(row[2]), kind: visible(row[by]), text: visible(`${row[4]} [${row[5]}]`) })));
