@@ -8,8 +8,9 @@ from typing import Any
 from devinterp.errors import PackageMissing
 from devinterp.pictures.style import COLOURS, NEGATIVE, POSITIVE
 
-SHAPES = ("circle", "square", "triangle-up", "diamond", "triangle-down", "cross", "triangle-right", "triangle-left")
-DASHES = ([1, 0], [6, 3], [2, 2], [8, 3, 2, 3], [4, 2], [10, 4], [1, 3], [3, 1])
+SHAPES = ("circle", "square", "triangle-up", "diamond", "triangle-down", "cross", "triangle-right")
+DASHES = ([1, 0], [6, 3], [2, 2], [8, 3, 2, 3], [4, 2], [10, 4], [1, 3])
+"""One fewer than colours, so that the ninth series has the first one's colour and another shape"""
 LEGEND: dict[str, Any] = {"orient": "top", "title": None, "columns": 6, "labelLimit": 160}
 TWO_ERRORS = "± 2 standard errors"
 
