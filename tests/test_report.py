@@ -250,7 +250,7 @@ def test_charts_hold_no_text_of_stores_and_fixed_expressions():
     text = json.dumps(charts)
     assert "http" not in text
     expressions = sorted(set(re.findall(r'"(?:filter|expr|test|calculate)": "([^"]*)"', text)))
-    assert expressions == ["datum.chain", "datum.kind", "datum.series", "isValid(datum.group)", "isValid(datum.value)"]
+    assert expressions == ["datum.series", "isValid(datum.group)", "isValid(datum.value)"]
     assert not re.search(r'"(url|href|image|html)"', text)
 
 

@@ -7,6 +7,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from devinterp import pictures as pictures
     from devinterp.slt.bif import bif, compute_bif
     from devinterp.slt.calibration import calibrate
     from devinterp.slt.diagnosis import describe, diagnose
@@ -61,6 +62,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "pictures":
+        return importlib.import_module("devinterp.pictures")
     if name not in _HOMES:
         raise AttributeError(f"module 'devinterp' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)

@@ -1,7 +1,7 @@
 """A report: one HTML file for people, which opens without a network."""
 
 import os
-import tempfile
+import secrets
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -144,17 +144,14 @@ def _is_report(path: Path) -> bool:
 
 def _write(path: Path, text: str) -> None:
     """Whole or not at all."""
+    written = path.with_name(f".{path.stem[:50]}.{secrets.token_hex(8)}")
     try:
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem[:50]}-", suffix=".html")
         try:
-            with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
+            with written.open("x", encoding="utf-8", newline="\n") as file:
                 file.write(text)
-            mask = os.umask(0)
-            os.umask(mask)
-            os.chmod(name, 0o666 & ~mask)
-            os.replace(name, path)
+            os.replace(written, path)
         except BaseException:
-            Path(name).unlink(missing_ok=True)
+            written.unlink(missing_ok=True)
             raise
     except OSError as error:
         raise StorageError(f"{str(path)!r} cannot be written: {error}. Nothing was changed.") from error

@@ -11,7 +11,7 @@ from devinterp.pictures.style import COLOURS, NEGATIVE, POSITIVE
 SHAPES = ("circle", "square", "triangle-up", "diamond", "triangle-down", "cross", "triangle-right")
 DASHES = ([1, 0], [6, 3], [2, 2], [8, 3, 2, 3], [4, 2], [10, 4], [1, 3])
 """One fewer than colours, so that the ninth series has the first one's colour and another shape"""
-LEGEND: dict[str, Any] = {"orient": "top", "title": None, "columns": 6, "labelLimit": 160}
+LEGEND: dict[str, Any] = {"orient": "top", "title": None, "columns": 6, "labelLimit": 160, "symbolOpacity": 1}
 TWO_ERRORS = "± 2 standard errors"
 
 
@@ -59,16 +59,13 @@ def _base() -> Any:
 
 
 def _series(field: str, lines: bool = False) -> dict[str, Any]:
-    """Encodings that tell series apart, by colour and by something else, which needs no legend of its own.
-
-    `look` is the same field under another name: Vega-Lite would join the legends of one field, and complain.
-    """
+    """Encodings that tell series apart, by colour and by something else; legends of equal form become one."""
     alt = altair()
-    legend = alt.Legend(**LEGEND, symbolType="stroke" if lines else alt.Undefined)
+    legend = alt.Legend(**LEGEND)
     found = {"color": alt.Color(f"{field}:N", sort=None, scale=alt.Scale(range=list(COLOURS)), legend=legend)}
     if lines:
-        return found | {"strokeDash": alt.StrokeDash("look:N", sort=None, scale=alt.Scale(range=DASHES), legend=None)}
-    return found | {"shape": alt.Shape("look:N", sort=None, scale=alt.Scale(range=list(SHAPES)), legend=None)}
+        return found | {"strokeDash": alt.StrokeDash(f"{field}:N", sort=None, scale=alt.Scale(range=DASHES), legend=legend)}
+    return found | {"shape": alt.Shape(f"{field}:N", sort=None, scale=alt.Scale(range=list(SHAPES)), legend=legend)}
 
 
 def _signed(field: str, title: str) -> Any:
@@ -103,7 +100,9 @@ def checkpoints(is_training: bool) -> Any:
         .transform_calculate(look="datum.series")
         .encode(x=x, opacity=alt.condition(chosen, alt.value(1), alt.value(0.12)))
     )
-    series, dashed = _series("series"), _series("series", lines=True)["strokeDash"]
+    series = _series("series")
+    # by another name, since dashes in the legend would tear its shapes
+    dashed = alt.StrokeDash("look:N", sort=None, scale=alt.Scale(range=DASHES), legend=None)
     tips = _tips(name="checkpoint", series="of", llc=("LLC", ".4"), sem=("standard error", ".2"), loss=("loss (nats)", ".4"))
     line = base.mark_line().encode(y=y, color=series["color"], strokeDash=dashed)
     bars = base.mark_rule().encode(y=alt.Y("low:Q", title=""), y2="high:Q", color=series["color"])
@@ -120,7 +119,7 @@ def traces() -> Any:
               axis=alt.Axis(tickCount=10))  # fmt: skip
     title = ["n_beta (loss - loss at checkpoint)", "its mean: the LLC (dimensionless)"]
     y = alt.Y("value:Q", title=title, scale=alt.Scale(zero=False))
-    base = _base().transform_calculate(look="datum.chain").encode(x=x)
+    base = _base().encode(x=x)
     looks = _series("chain", lines=True)
     band = _base().mark_rect(opacity=0.15, color="grey").encode(y=alt.Y("min(low):Q", title=""), y2="max(high):Q")
     thin = base.mark_line(strokeWidth=0.7).encode(y=y, opacity=faint, color=looks["color"])
@@ -188,10 +187,5 @@ def points() -> Any:
         for axis, field, name in ((alt.X, "x", "first"), (alt.Y, "y", "second"))
     )
     seen = alt.condition(chosen, alt.value(0.6), alt.value(0.04))
-    made = (
-        _base()
-        .transform_calculate(look="datum.kind")
-        .mark_point(filled=True, size=26)
-        .encode(x=x, y=y, opacity=seen, tooltip=tips, **_series("kind"))
-    )
+    made = _base().mark_point(filled=True, size=26).encode(x=x, y=y, opacity=seen, tooltip=tips, **_series("kind"))
     return made.add_params(chosen).interactive(name="view").properties(height=460)

@@ -38,6 +38,7 @@ async function draw(id) {
   spec.datasets = { rows };
   spec.config = colours();
   if (isDark()) paintDark(spec);
+  oneLegend(spec, rows);
   if (one.change) one.change(spec, rows);
   const renderer = rows.length > 1500 ? "canvas" : "svg";
   const made = await vegaEmbed($(id), spec, {
@@ -47,6 +48,14 @@ async function draw(id) {
   one.view?.finalize();
   one.view = made.view;
   $(id).dataset.drawn = String(Number($(id).dataset.drawn || 0) + 1);
+}
+
+function oneLegend(spec, rows) {  // colour, shape and dash of one field share a legend where their domains are the same
+  for (const { encoding } of spec.layer ?? [spec])
+    for (const channel of ["color", "shape", "strokeDash"]) {
+      const of = encoding?.[channel];
+      if (of?.type === "nominal" && rows.some((row) => row[of.field] !== undefined)) of.scale.domain = [...new Set(rows.map((row) => row[of.field]).filter((name) => name !== undefined))];
+    }
 }
 
 const escaped = (text) => text.replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;").replace(/"/g, "&quot;");
