@@ -144,6 +144,49 @@ def test_llcs_at_other_settings_are_not_put_in_one_picture():
     pictures.plot_loss_over_checkpoints({0: result_at(1.0), 1: result_at(1.0, localization=100.0)})
 
 
+def test_tables_over_checkpoints_and_restrictions_are_lines():
+    """As a sweep gives them."""
+    parts = [result_at(llc) for llc in (1.0, 2.0, 4.0)]
+    table = xr.concat(parts, xr.Variable("checkpoint", ["a1", "b2", "c3"])).assign_coords(step=("checkpoint", [0, 10, 1000]))
+    ax = drawn(pictures.plot_llc_over_checkpoints(table))
+    assert legend(ax) == ["sampling data", "code", "prose"]
+    assert ax.containers[0][0].get_xdata().tolist() == [0, 10, 1000]
+    np.testing.assert_allclose(ax.containers[2][0].get_ydata().astype(float), [3, 4, 6])
+    both = xr.concat([table, table.assign(llc_mean=10 * table.llc_mean)], xr.Variable("restriction", ["full", "l0h1"]))
+    ax = drawn(pictures.plot_llc_over_checkpoints(both.drop_vars("step")))
+    assert legend(ax) == ["full", "l0h1"]
+    np.testing.assert_allclose(ax.containers[1][0].get_ydata().astype(float), [10, 20, 40])
+    loss = drawn(pictures.plot_loss_over_checkpoints(both))
+    np.testing.assert_allclose(loss.containers[0][0].get_ydata().astype(float), [4, 3, 1])
+    table.attrs["localization"] = {"a1": 1.0, "b2": 2.0}
+    with pytest.raises(DevinterpInputError, match="at equal settings only"):
+        pictures.plot_llc_over_checkpoints(table)
+
+
+def test_one_of_many_runs_has_to_be_chosen(samples, suite):
+    def many(ds: xr.Dataset) -> xr.Dataset:
+        return ds.expand_dims(checkpoint=["a", "b"])
+
+    tree = suite(errors=False)
+    of_all = xr.DataTree.from_dict(
+        {"/susceptibilities": many(tree["susceptibilities"].to_dataset()), "/context": tree["context"].to_dataset()}
+    )
+    calls = [
+        lambda: pictures.plot_traces(many(devinterp.diagnose(samples))),
+        lambda: pictures.plot_tokens(many(devinterp.compute_llc(samples, per="token"))),
+        lambda: pictures.plot_tokens(of_all),
+        lambda: pictures.plot_influences(many(devinterp.compute_bif(samples, correlation_method="sequence", progress=False))),
+        lambda: pictures.plot_susceptibilities(of_all),
+        lambda: pictures.plot_projection(of_all),
+    ]
+    for call in calls:
+        with pytest.raises(DevinterpInputError, match=r"\.sel\(checkpoint=\.\.\.\)"):
+            call()
+    one = of_all.sel(checkpoint="a")
+    drawn(pictures.plot_tokens(one))
+    drawn(pictures.plot_susceptibilities(one))
+
+
 @dataclass(frozen=True)
 class Boxes:
     """Where tokens were coloured, and as what."""

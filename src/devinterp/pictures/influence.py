@@ -9,8 +9,8 @@ import numpy.typing as npt
 
 from devinterp.analysis.clusters import clusters_of
 from devinterp.errors import InputValueError, got
-from devinterp.pictures.style import COLOURS, axes_of, diverging, limit_of, shortened
-from devinterp.pictures.texts import measure_of
+from devinterp.pictures.style import COLOURS, axes_of, check_one_run, diverging, limit_of, shortened
+from devinterp.pictures.texts import MANY, measure_of
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -97,6 +97,7 @@ def owners_of(result: "xr.Dataset", numbers: npt.NDArray[Any]) -> npt.NDArray[An
 def _matrix(result: "xr.Dataset") -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
     """The values, and the observable of each row."""
     dims = result["influences"].dims if "influences" in result else ()
+    check_one_run("result", [dim for dim in dims if dim in MANY], set())
     if dims != ("batch_1", "batch_2"):
         fix = "Compute them with correlation_method='sequence', without queries and top_k."
         raise InputValueError(got("result", dims, "influences over (batch_1, batch_2)", fix))

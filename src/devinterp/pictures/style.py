@@ -1,14 +1,14 @@
 """What all pictures share: axes, colours that colour blindness and print leave apart, legends, limits of colour scales."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from devinterp.errors import InputTypeError, PackageMissing, got
+from devinterp.errors import InputTypeError, InputValueError, PackageMissing, got
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -75,6 +75,13 @@ def limit_of(values: npt.NDArray[Any], share: float = 0.99) -> float:
     """Of a colour scale around zero: nearly all values lie within it, so that a few extreme ones do not bleach the rest."""
     sizes = np.abs(values[np.isfinite(values)])
     return float(np.quantile(sizes, share)) or float(sizes.max()) or 1.0 if sizes.size else 1.0
+
+
+def check_one_run(argument: str, dims: Iterable[Hashable], expected: set[str]) -> None:
+    """Refuse a table of many runs where one is drawn."""
+    if more := sorted(str(dim) for dim in dims if dim not in expected):
+        fix = f"Choose one, as in .sel({more[0]}=...)."
+        raise InputValueError(got(argument, more, f"of one run, over {sorted(expected)}", fix))
 
 
 def legend_above(ax: "Axes", columns: int = 2, scale: float = 1.0) -> None:

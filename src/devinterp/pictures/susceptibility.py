@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from devinterp.errors import InputTypeError, got
-from devinterp.pictures.style import axes_of, diverging, legend_above, limit_of, looks, shortened
+from devinterp.pictures.style import axes_of, check_one_run, diverging, legend_above, limit_of, looks, shortened
 from devinterp.pictures.texts import unit_of
 
 if TYPE_CHECKING:
@@ -105,6 +105,7 @@ def table_of(result: "xr.DataTree | xr.Dataset") -> "xr.Dataset":
     if not hasattr(found, "data_vars") or "sus" not in found or "dataset_id_to_name" not in found.attrs:
         fix = "Pass what compute_susceptibilities() returned."
         raise InputTypeError(got("result", type(result), "susceptibilities", fix))
+    check_one_run("result", found["sus"].dims, {"sus_flat", "wr"})
     table: xr.Dataset = found
     return table
 

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from devinterp.errors import InputTypeError, InputValueError, got
+from devinterp.pictures.style import check_one_run
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -83,6 +84,8 @@ def token_values(
     query: Any = 0,
 ) -> TokenValues:
     """The values that a result has for the tokens of one sequence. Arguments as in `plot_tokens`."""
+    for table in _tables(result):
+        check_one_run("result", [dim for dim in table.dims if dim in MANY], set())
     datasets = result if isinstance(result, Mapping) else {}
     if "susceptibilities" in datasets:
         sus, context = (datasets[name].to_dataset() for name in ("susceptibilities", "context"))
@@ -94,6 +97,16 @@ def token_values(
         return _of_influences(result, sequence, tokenizer, query)
     fix = "Pass what compute_llc(per='token'), compute_susceptibilities() or compute_bif() for tokens returned."
     raise InputTypeError(got("result", names or type(result), "a result with values of single tokens", fix))
+
+
+MANY = ("checkpoint", "restriction")
+"""Dims of the results of a sweep"""
+
+
+def _tables(result: Any) -> "list[xr.Dataset]":
+    if hasattr(result, "subtree"):
+        return [node.to_dataset() for node in result.subtree]
+    return [result] if hasattr(result, "data_vars") else []
 
 
 def _of_llc(result: Any, names: list[str], sequence: int, tokenizer: Any, observable: str | None) -> TokenValues:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from devinterp.errors import InputValueError, got
-from devinterp.pictures.style import axes_of, legend_above, looks
+from devinterp.pictures.style import axes_of, check_one_run, legend_above, looks
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -31,6 +31,7 @@ def plot_traces(diagnosis: "xr.Dataset", *, ax: "Axes | None" = None) -> "Axes":
     """
     if missing := {"trace", "llc_running", "verdict"} - set(diagnosis):
         raise InputValueError(got("diagnosis", sorted(missing), "present", "Pass what devinterp.diagnose(samples) returned."))
+    check_one_run("diagnosis", diagnosis["trace"].dims, {"chain", "draw"})
     ax = axes_of(ax, (7.5, 4.5))
     draws = np.arange(1, diagnosis.sizes["draw"] + 1)
     for chain, look in zip(range(diagnosis.sizes["chain"]), looks(), strict=False):
