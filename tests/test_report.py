@@ -392,6 +392,7 @@ def test_command_line(stores, tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     assert call("nowhere") == 1
     assert "'nowhere' is not a store" in capsys.readouterr().err
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert call(stores, "--tokenizer", "nowhere/tokenizer") == 2
     assert "--tokenizer=" in capsys.readouterr().err
 
