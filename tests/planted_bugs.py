@@ -42,6 +42,7 @@ DIAGNOSIS, CALIBRATION = "tests/test_diagnosis.py", "tests/test_calibration.py"
 ERRORS, CONTROL, PATTERNS = "tests/test_error_bars.py", "tests/test_control.py", "tests/test_patterning.py"
 RMS, LOOP = "samplers/rmsprop_sgld.py", "engine/chain.py"
 PLM, NHT = "samplers/preconditioned_leimkuhler_matthews.py", "samplers/sgnht.py"
+PICTURES, REPORT, PAGE = "tests/test_pictures.py", "tests/test_report.py", "pictures/page/html.py"
 SAMPLERS, METRIC = "tests/test_samplers.py", "tests/test_metric.py"
 
 BUGS = [
@@ -215,6 +216,17 @@ BUGS = [
     Bug("pilots that left the neighbourhood taken", "slt/pilots.py", "if excess > limit:", "if False:", CALIBRATION),
     Bug("half the burn-in", "slt/pilots.py", "(2 * math.log1p(", "(4 * math.log1p(", CALIBRATION),
     Bug("workers started where none may be", "engine/placement.py", "if multiprocessing.current_process().daemon:", "if False:", PLACE),
+    Bug("bars of one standard error", "pictures/training.py", "[2 * error for error in errors]", "[1 * error for error in errors]", PICTURES),
+    Bug("LLCs of two settings in one picture", "pictures/training.py", "if len(seen) > 1 or any(", "if any(", PICTURES),
+    Bug("values one token to the left", "pictures/texts.py", "np.concatenate([[np.nan], np.asarray(values, dtype=np.float64)])",
+        "np.concatenate([np.asarray(values, dtype=np.float64), [np.nan]])", PICTURES),
+    Bug("a sequence with itself drawn", "pictures/influence.py", "np.where(np.equal.outer(rows, columns), np.nan, values)", "values", PICTURES),
+    Bug("clusters of opposites", "pictures/influence.py", 'sign = -1 if "sign reversed"', 'sign = 1 if "sign reversed"', PICTURES),
+    Bug("text of others as HTML", PAGE, "html.escape(shown, quote=True)", "shown", REPORT),
+    Bug("data that ends its script", PAGE, '.replace("<", "\\u003c")', "", REPORT),
+    Bug("a page that may load", PAGE, "default-src 'none'; script-src", "default-src *; script-src", REPORT),
+    Bug("a report of two settings", "slt/report_runs.py", "if len(groups) > 1:", "if False:", REPORT),
+    Bug("a file of others replaced", "slt/report.py", "path.exists() and not _is_report(path)", "False", REPORT),
 ]  # fmt: skip
 
 

@@ -212,7 +212,7 @@ function showTexts() {
       }
       if (isPicked(text, i)) span.classList.add("picked");
       const lines = () => [`${JSON.stringify(visible(token))}`, `${text.observable}, sequence ${text.sequence}, position ${i}`,
-        ...(i ? [`${chosen[0]}: ${value === null ? "not known" : signed(value, 4)}${errors ? " ± " + number(errors[i - 1], 2) : ""}`, `loss at the checkpoint: ${number(text.loss[i - 1])} nats`] : ["nothing predicts the first token"])];
+        ...(i ? [`${chosen[1] === "influence" && picked ? "correlation with the token clicked" : chosen[0]}: ${value === null ? "not known" : signed(value, 4)}${errors ? " ± " + number(errors[i - 1], 2) : ""}`, `loss at the checkpoint: ${number(text.loss[i - 1])} nats`] : ["nothing predicts the first token"])];
       const show = (x, y) => showTip(lines(), x, y);
       span.addEventListener("mousemove", (event) => show(event.clientX, event.clientY));
       span.addEventListener("mouseleave", () => { tip.hidden = true; });
