@@ -12,11 +12,12 @@ import numpy as np
 import training_run
 import xarray as xr
 from datasets import Dataset, concatenate_datasets
+from matplotlib import pyplot
+from matplotlib.figure import Figure
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import devinterp
-from devinterp.pictures.influence import plot_influences
-from devinterp.pictures.susceptibility import plot_susceptibilities
+from devinterp.pictures import plot_influences, plot_projection, plot_responses
 
 SAMPLING = training_run.SAMPLING | {"localization": 300.0, "num_chains": 2, "num_draws": 75, "batches_per_draw": 2}
 MORE_DRAWS = {"num_chains": 3, "num_draws": 150}
@@ -54,27 +55,36 @@ def influences(samples: xr.DataTree, title: str, picture: Path) -> dict[str, tup
     print("\nmean correlation between the losses of two sequences")
     for name, (mean, error) in found.items():
         print(f"  {name:<14} {mean:+.4f} ± {error:.4f}")
-    plot_influences(result.influences.values, result.attrs["observables"], found, title).savefig(picture, dpi=130)
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.6), layout="constrained", width_ratios=(1.3, 1))
+    plot_influences(result, ax=left)
+    means, errors = zip(*found.values(), strict=True)
+    right.bar(range(len(means)), means, yerr=[2 * error for error in errors], capsize=4, color="0.75")
+    right.set_xticks(range(len(means)), list(found))
+    right.axhline(0, color="black", linewidth=0.8)
+    right.set_ylabel("mean influence over pairs (correlation)\nbars: two standard errors")
+    save(figure, title, picture)
     return found
+
+
+def save(figure: Figure, title: str, picture: Path) -> None:
+    figure.suptitle(title, fontsize=10)
+    figure.savefig(picture, dpi=130)
+    pyplot.close(figure)
 
 
 def responses(tree: xr.DataTree, title: str, picture: Path) -> dict[str, list[float]]:
     """Mean standardised susceptibility of every component to code and to prose, and tokens on principal components."""
     sus = tree["susceptibilities"].to_dataset()
     components, names = [str(wr) for wr in sus.wr.values], sus.attrs["dataset_id_to_name"]
-    centred = sus.sus.values - sus.sus.values.mean(0)
-    _, sizes, directions = np.linalg.svd(centred, full_matrices=False)
-    shares = (sizes**2 / (sizes**2).sum())[:2]
-    projected = centred @ directions[:2].T
-    of = {name: sus.dataset_id.values == number for number, name in enumerate(names)}
-    means = {name: sus.sus.values[rows].mean(0).tolist() for name, rows in of.items()}
+    means = {name: sus.sus.values[sus.dataset_id.values == number].mean(0).tolist() for number, name in enumerate(names)}
     print("\nmean standardised susceptibility (negative: expression)")
     print(f"  {'':<10}" + "".join(f"{name:>9}" for name in names))
     for number, component in enumerate(components):
         print(f"  {component:<10}" + "".join(f"{means[name][number]:>+9.3f}" for name in names))
-    print(f"  first two principal components: {shares[0]:.0%} and {shares[1]:.0%} of the variance")
-    figure = plot_susceptibilities(components, means, {name: projected[rows] for name, rows in of.items()}, shares, title)
-    figure.savefig(picture, dpi=130)
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.8), layout="constrained")
+    plot_responses(tree, ax=left)
+    plot_projection(tree, ax=right)
+    save(figure, title, picture)
     return means
 
 

@@ -18,12 +18,13 @@ import torch
 import transformers
 import xarray as xr
 from datasets import Dataset, concatenate_datasets
+from matplotlib import pyplot
 from tokenizers import ByteLevelBPETokenizer
 from tqdm import tqdm
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
 import devinterp
-from devinterp.pictures.training import plot_llc_over_training
+from devinterp.pictures import plot_llc_over_checkpoints, plot_loss_over_checkpoints
 
 CONTEXT, VOCABULARY, BATCH = 64, 1024, 16
 CHECKPOINTS = (0, 8, 28, 97, 342, 640, 1200)
@@ -98,15 +99,15 @@ def train(dataset: Dataset, tokenizer: PreTrainedTokenizerFast, checkpoints: lis
         optimizer.step()
 
 
-def table(sweep: xr.DataTree, observables: list[str]) -> list[dict]:
+def table(result: xr.Dataset) -> list[dict]:
     """One row for each checkpoint: loss and LLC, on the sampling data and on each observable."""
-    result, rows = devinterp.compute_llc(sweep), []
+    rows = []
     for name in result.checkpoint.values:
         one = result.sel(checkpoint=name)
         row = {"step": int(one.step), "lr": float(one.lr), "llc": float(one.llc_mean), "sem": float(one.llc_sem)}
         row |= {"rhat": float(one.rhat), "ess": float(one.ess_bulk)}
-        for observable in observables:
-            row[f"loss {observable}"] = float(sweep[name][f"init_loss_{observable}"].mean())
+        for observable in one.observable.values:
+            row[f"loss {observable}"] = float(one.init_loss_observable.sel(observable=observable))
             row[f"llc {observable}"] = float(one.llc_observable.sel(observable=observable))
             row[f"sem {observable}"] = float(one.llc_observable_sem.sel(observable=observable))
         rows.append(row)
@@ -130,20 +131,16 @@ def run(folder: Path, checkpoints: tuple[int, ...] = CHECKPOINTS, characters: in
     settings = SAMPLING | changed
     observables = {"code": held_out_code, "prose": held_out_prose}
     sweep = devinterp.sweep(folder / "checkpoints", dataset, observables, output_path=folder / "runs", **settings)
-    rows = table(sweep, list(observables))
+    result = devinterp.compute_llc(sweep)
+    rows = table(result)
     print_rows(rows)
-    figure = plot_llc_over_training(
-        [row["step"] for row in rows],
-        {name: [row[f"loss {name}"] for row in rows] for name in observables},
-        {
-            "sampling data": ([row["llc"] for row in rows], [row["sem"] for row in rows]),
-            **{name: ([row[f"llc {name}"] for row in rows], [row[f"sem {name}"] for row in rows]) for name in observables},
-        },
-        title=f"GPT-NeoX, 231k parameters, on Python's standard library\nn_beta {settings['n_beta']:g}, "
-        f"localization {settings['localization']:g}, {settings['num_chains']} chains x {settings['num_draws']} draws; "
-        "bars: two standard errors",
-    )
+    figure, (above, below) = pyplot.subplots(2, sharex=True, figsize=(7, 6.5), layout="constrained")
+    plot_loss_over_checkpoints(result, ax=above).set_xlabel("")
+    plot_llc_over_checkpoints(result, ax=below)
+    length = f"{settings['num_chains']} chains x {settings['num_draws']} draws"
+    figure.suptitle(f"GPT-NeoX, 231k parameters, on Python's standard library; {length}", fontsize=10)
     figure.savefig(folder / "llc_over_training.png", dpi=130)
+    pyplot.close(figure)
     print(f"\npicture: {folder / 'llc_over_training.png'}")
     last = folder / "runs" / f"{sweep.checkpoint.values[-1]}.zarr"
     print(f"stores:  {folder / 'runs'} (look into one with: devinterp show {last})")

@@ -44,6 +44,7 @@ ERRORS, CONTROL, PATTERNS = "tests/test_error_bars.py", "tests/test_control.py",
 RMS, LOOP = "samplers/rmsprop_sgld.py", "engine/chain.py"
 PLM, NHT = "samplers/preconditioned_leimkuhler_matthews.py", "samplers/sgnht.py"
 SWEEP, ORIGIN = "tests/test_sweep.py", "tests/test_origin.py"
+PICTURES, REPORT, PAGE = "tests/test_pictures.py", "tests/test_report.py", "pictures/page/html.py"
 SAMPLERS, METRIC = "tests/test_samplers.py", "tests/test_metric.py"
 MASKS, OTHER = "tests/test_masks.py", "tests/test_other_models.py"
 OBJECTIVE, TRIALS = "engine/objective.py", "engine/trials.py"
@@ -256,6 +257,18 @@ BUGS = [
     Bug("two checkpoints share a file", "store/sweeps.py", "if file in seen:", "if False:", SWEEP),
     Bug("a linked store in a sweep is followed", "store/sweeps.py", "if path.is_symlink():", "if False:", SWEEP),
     Bug("a stopped sweep takes the next", "slt/sweeps.py", "if stop.signal is None:\n        work()", "work()", SWEEP),
+    Bug("workers started where none may be", "engine/placement.py", "if multiprocessing.current_process().daemon:", "if False:", PLACE),
+    Bug("bars of one standard error", "pictures/training.py", "[2 * error for error in errors]", "[1 * error for error in errors]", PICTURES),
+    Bug("LLCs of two settings in one picture", "pictures/training.py", "if len(seen) > 1 or any(", "if any(", PICTURES),
+    Bug("values one token to the left", "pictures/texts.py", "np.concatenate([[np.nan], np.asarray(values, dtype=np.float64)])",
+        "np.concatenate([np.asarray(values, dtype=np.float64), [np.nan]])", PICTURES),
+    Bug("a sequence with itself drawn", "pictures/influence.py", "np.where(np.equal.outer(rows, columns), np.nan, values)", "values", PICTURES),
+    Bug("clusters of opposites", "pictures/influence.py", 'sign = -1 if "sign reversed"', 'sign = 1 if "sign reversed"', PICTURES),
+    Bug("text of others as HTML", PAGE, "html.escape(shown, quote=True)", "shown", REPORT),
+    Bug("data that ends its script", PAGE, '.replace("<", "\\\\u003c")', "", REPORT),
+    Bug("a page that may load", PAGE, "default-src 'none'; script-src", "default-src *; script-src", REPORT),
+    Bug("a report of two settings", "slt/report_runs.py", "if len(groups) > 1:", "if False:", REPORT),
+    Bug("a file of others replaced", "slt/report.py", "path.exists() and not _is_report(path)", "False", REPORT),
 ]  # fmt: skip
 
 

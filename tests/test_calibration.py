@@ -74,8 +74,8 @@ def test_one_setting_for_checkpoints_and_components():
     assert set(row.verdict.values) <= {"healthy", "too short"}
     np.testing.assert_allclose(row.llc[1], quadratic_llc(H[:5], 10.0, 50.0), rtol=0.2)
     assert all(name in str(found) for name in names)
-    figure = found.plot()
-    assert {text.get_text() for text in figure.axes[0].get_legend().get_texts()} == {*names, "chosen: 50"}
+    ax = found.plot()
+    assert {text.get_text() for text in ax.get_legend().get_texts()} == {*names, "chosen: 50"}
 
 
 def test_restrictions_by_name():

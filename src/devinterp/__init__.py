@@ -7,12 +7,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from devinterp import pictures as pictures
     from devinterp.engine.origin import revisions
     from devinterp.slt.bif import bif, compute_bif
     from devinterp.slt.calibration import calibrate
     from devinterp.slt.diagnosis import describe, diagnose
     from devinterp.slt.llc import compute_llc, llc
     from devinterp.slt.patterning import compute_patterning
+    from devinterp.slt.report import report
     from devinterp.slt.sampling import sample
     from devinterp.slt.susceptibilities import compute_susceptibilities, susceptibilities
     from devinterp.slt.sweeps import sweep
@@ -30,6 +32,7 @@ _HOMES = {
     "susceptibilities": "devinterp.slt.susceptibilities",
     "compute_susceptibilities": "devinterp.slt.susceptibilities",
     "compute_patterning": "devinterp.slt.patterning",
+    "report": "devinterp.slt.report",
     "create_param_masks": "devinterp.slt.weight_restrictions",
     "preview_weight_restriction": "devinterp.slt.weight_restrictions",
     "calibrate": "devinterp.slt.calibration",
@@ -57,6 +60,7 @@ __all__ = [
     "llc",
     "open_sweep",
     "preview_weight_restriction",
+    "report",
     "revisions",
     "sample",
     "susceptibilities",
@@ -67,6 +71,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "pictures":
+        return importlib.import_module("devinterp.pictures")
     if name not in _HOMES:
         raise AttributeError(f"module 'devinterp' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)

@@ -69,6 +69,17 @@ class StoreError(DevinterpError, RuntimeError):
     """A store cannot be read: not one of ours, not complete, or damaged."""
 
 
+class PackageMissing(DevinterpError, ImportError):
+    """What is asked for needs a package that is not installed."""
+
+    def __init__(self, package: str, purpose: str, install: str):
+        super().__init__(f"{purpose} needs {package}, which is not installed. Install it with: pip install {install}")
+        self.package, self.purpose, self.install = package, purpose, install
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return PackageMissing, (self.package, self.purpose, self.install)
+
+
 class RunLocked(DevinterpError, RuntimeError):
     """Another process writes the run at `output_path`."""
 

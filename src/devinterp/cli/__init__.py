@@ -30,6 +30,7 @@ app.command("components")(commands.components_command)
 app.command("calibrate")(commands.calibrate_command)
 app.command("diagnose")(commands.diagnose_command)
 app.command("show")(commands.show_command)
+app.command("report")(commands.report_command)
 app.command("verify")(commands.verify_command)
 
 INTERRUPTED = 130

@@ -89,6 +89,31 @@ def calibrate_command(
     typer.echo(f"\nsettings in {str(save)!r}; take them with: devinterp llc MODEL --data DATA --config {str(save)!r}")
 
 
+def report_command(
+    runs: Annotated[list[Path], typer.Argument(help="A store, stores, or a folder of the stores of one sweep or suite.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The HTML file. An earlier report is replaced.")] = Path(
+        "report.html"
+    ),
+    tokenizer: Annotated[str | None, typer.Option(help="Directory or hub id: shows tokens as text.")] = None,
+    sampling_task: Annotated[
+        str | None, typer.Option(help="Observable that holds sampling data, for susceptibilities of components.")
+    ] = None,
+    estimator: Annotated[str, typer.Option(help="Of susceptibilities: one_chain or two_chain.")] = "one_chain",
+    sequences: Annotated[int, typer.Option(help="Sequences of each observable whose text is shown.")] = 4,
+    title: Annotated[str | None, typer.Option(help="Of the page.  [default: the model's class]")] = None,
+) -> None:
+    """Write verdicts, charts, tables and texts of runs as one HTML file that opens without a network."""
+    from devinterp.engine.origin import named
+    from devinterp.slt.report import report
+
+    decoder = None if tokenizer is None else named(tokenizer, "--tokenizer").tokenizer("--tokenizer")
+    path = report(
+        runs[0] if len(runs) == 1 else runs, output, tokenizer=decoder, sampling_task=sampling_task, estimator=estimator,
+        sequences=sequences, title=title,
+    )  # fmt: skip
+    typer.echo(f"report in {str(path)!r} ({path.stat().st_size / 2**20:.1f} MiB); open it with a browser")
+
+
 def verify_command(store: Annotated[str, typer.Argument(help="Directory or URL of a store.")]) -> None:
     """Compare every file of a store with what was written; exit code 1 where one differs."""
     from devinterp.store.verification import verify

@@ -51,5 +51,5 @@ def load_text(option: str, source: str, column: str, split: str) -> Any:
     try:
         return load_dataset(source, split=split)
     except Exception as error:
-        reason = str(error).strip().split("\n")[0]
-        raise InputValueError(got(option, source, "a file or a hub dataset", f"Check the name. ({reason})")) from error
+        fix = f"Check the name. ({str(error).strip().split(chr(10))[0]})"
+        raise InputValueError(got(option, source, "a file or a hub dataset", fix)) from error

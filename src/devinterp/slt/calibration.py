@@ -15,7 +15,7 @@ from devinterp.slt.pilots import PILOT_CHAINS, PILOT_DRAWS, SETTLED, Pilots, Tri
 from devinterp.utils import default_nbeta
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from matplotlib.axes import Axes
 
 logger = logging.getLogger("devinterp")
 
@@ -36,11 +36,11 @@ class Calibration:
     def __str__(self) -> str:
         return "\n".join(self.reasons)
 
-    def plot(self) -> "Figure":
+    def plot(self, *, ax: "Axes | None" = None) -> "Axes":
         """The LLC against localization for every case, with verdicts, and what was chosen."""
         from devinterp.pictures.calibration import plot_calibration
 
-        return plot_calibration(self.table, self.settings["localization"])
+        return plot_calibration(self, ax=ax)
 
 
 def calibrate(

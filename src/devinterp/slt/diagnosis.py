@@ -39,14 +39,15 @@ def diagnose(samples: Samples) -> xr.Dataset:
 
     Returns:
         Dataset with, for every `chain`: `verdict`, `reason`, `advice`; `llc_chain` and its Monte Carlo standard error
-        `mcse_chain`; `ess_chain`; `change` and `change_error`, second half of the draws minus the first; and `llc_running`
-        (chain, draw). Over all chains: `llc_mean`, `mcse`, `rhat`, `rhat_matched` (rank-normalised split R-hat, Vehtari et
-        al. 2021), `ess_bulk`, `ess_tail` (of the 5 and 95 % quantiles), `autocorrelation_time` (draws for each independent
-        one), `suggested_num_steps_bw_draws` (draws about that far apart), `within_variance` and `between_variance` of the
-        traces and of the chains' levels. From the settings and the curvature known: `transient_left`, the largest share of
-        the transient that can be left in the mean over the draws, that of directions in which only the prior acts; `reach`,
-        lr (n_beta h_max + localization + weight_decay); `stiffest_bias` of the variance along that direction, and
-        `step_size_bias` of the LLC. NaN where something is not known. `attrs["sentences"]` says it in words:
+        `mcse_chain`; `ess_chain`; `change` and `change_error`, second half of the draws minus the first; and `trace` x and its
+        mean so far, `llc_running` (chain, draw). Over all chains: `llc_mean`, `mcse`, `rhat`, `rhat_matched` (rank-normalised
+        split R-hat, Vehtari et al. 2021), `ess_bulk`, `ess_tail` (of the 5 and 95 % quantiles), `autocorrelation_time` (draws
+        for each independent one), `suggested_num_steps_bw_draws` (draws about that far apart), `within_variance` and
+        `between_variance` of the traces and of the chains' levels. From the settings and the curvature known: `transient_left`,
+        the largest share of the transient that can be left in the mean over the draws, that of directions in which only the
+        prior acts; `reach`, lr (n_beta h_max + localization + weight_decay); `stiffest_bias` of the variance along that
+        direction, and `step_size_bias` of the LLC.
+        NaN where something is not known. `attrs["sentences"]` says it in words:
         `print(describe(diagnose(samples)))`.
 
     Raises:
@@ -146,6 +147,7 @@ def _of_each_chain(trace: Trace, kept: list[int], count: int) -> dict[str, Any]:
         "ess_chain": ("chain", spread([ess(row, "mean") for row in rows])),
         "change": ("chain", spread([change.size for change in changes])),
         "change_error": ("chain", spread([change.error for change in changes])),
+        "trace": (("chain", "draw"), spread(trace, trace.shape[1])),
         "llc_running": (("chain", "draw"), spread(running_mean(trace), trace.shape[1])),
     }
 

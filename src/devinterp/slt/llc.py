@@ -90,8 +90,9 @@ def compute_llc(
         `llc_variance_sem`, `step_size_bias` (what the step size adds to the LLC, lr n_beta tr(H) / 8 for SGLD to first order,
         0 for Leimkuhler-Matthews; NaN where the trace was not measured), `loss_trace` (chain, draw; mean sampling loss),
         `excess_trace` (chain, draw; the same minus the baseline), `init_loss` (mean), `rhat` and `ess_bulk` of the excess
-        trace, and for every observable `llc_observable`, `llc_observable_sem` (observable). With `per`, for observable OBS
-        `llc_sequence_OBS` (batch_OBS) or `llc_token_OBS` (batch_OBS, token_pos), each with `..._sem`. Losses in nats.
+        trace, and for every observable `llc_observable`, `llc_observable_sem` and its loss at the checkpoint,
+        `init_loss_observable` (observable). With `per`, for observable OBS `llc_sequence_OBS` (batch_OBS) or `llc_token_OBS`
+        (batch_OBS, token_pos), each with `..._sem`, and `input_ids_OBS`. Losses in nats.
 
     Raises:
         ChainsUnusable: chains that diverged or failed (unless dropped) or are not finished.

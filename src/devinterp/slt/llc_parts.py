@@ -17,15 +17,17 @@ def of_observables(ds: xr.Dataset, n_beta: float) -> dict[str, Any]:
     names = _names(ds)
     if not names:
         return {}
-    means, errors = [], []
+    means, errors, starts = [], [], []
     for name in names:
-        excess = mean_per_draw(ds[f"loss_{name}"]) - ds[f"init_loss_{name}"].mean(dtype=np.float64)
+        starts.append(float(ds[f"init_loss_{name}"].mean(dtype=np.float64)))
+        excess = mean_per_draw(ds[f"loss_{name}"]) - starts[-1]
         trace = excess.transpose("chain", "draw").values
         means.append(n_beta * float(trace.mean()))
         errors.append(n_beta * standard_error(trace))
     return {
         "llc_observable": xr.DataArray(means, dims="observable", coords={"observable": names}),
         "llc_observable_sem": ("observable", errors),
+        "init_loss_observable": ("observable", starts),
     }
 
 
@@ -48,6 +50,8 @@ def of_parts(ds: xr.Dataset, n_beta: float, per: str) -> dict[str, xr.DataArray]
             pairs.append((traces.mean(["chain", "draw"]), error))
         means, errors = (xr.concat(each, batch, coords="minimal", compat="override") for each in zip(*pairs, strict=True))
         found |= {f"llc_{per}_{name}": means, f"llc_{per}_{name}_sem": errors}
+        if f"input_ids_{name}" in ds:
+            found[f"input_ids_{name}"] = ds[f"input_ids_{name}"].load()
     return found
 
 

@@ -1,0 +1,1 @@
+"""A report as one HTML file: charts, tables and text without a network."""
