@@ -21,7 +21,7 @@ from datasets import Dataset, concatenate_datasets
 from matplotlib import pyplot
 from tokenizers import ByteLevelBPETokenizer
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
 import devinterp
 from devinterp.pictures import plot_llc_over_checkpoints, plot_loss_over_checkpoints
@@ -99,26 +99,19 @@ def train(dataset: Dataset, tokenizer: PreTrainedTokenizerFast, checkpoints: lis
         optimizer.step()
 
 
-def measure(
-    checkpoint: Path, dataset: Dataset, observables: dict[str, Dataset], output_path: Path, settings: dict
-) -> tuple[dict, xr.Dataset]:
-    """The public calls that a user makes: load, sample, compute."""
-    model = AutoModelForCausalLM.from_pretrained(checkpoint)
-    samples = devinterp.sample(model, dataset, observables, output_path=output_path, **settings)
-    result = devinterp.compute_llc(samples)
-    row = {
-        "step": int(checkpoint.name.removeprefix("step-")),
-        "lr": samples.attrs["metadata"]["step_size"]["lr"],
-        "llc": float(result.llc_mean),
-        "sem": float(result.llc_sem),
-        "rhat": float(result.rhat),
-        "ess": float(result.ess_bulk),
-    }
-    for name in observables:
-        row[f"loss {name}"] = float(result.init_loss_observable.sel(observable=name))
-        row[f"llc {name}"] = float(result.llc_observable.sel(observable=name))
-        row[f"sem {name}"] = float(result.llc_observable_sem.sel(observable=name))
-    return row, result
+def table(result: xr.Dataset, observables: list[str]) -> list[dict]:
+    """One row for each checkpoint: loss and LLC, on the sampling data and on each observable."""
+    rows = []
+    for name in result.checkpoint.values:
+        one = result.sel(checkpoint=name)
+        row = {"step": int(one.step), "lr": float(one.lr), "llc": float(one.llc_mean), "sem": float(one.llc_sem)}
+        row |= {"rhat": float(one.rhat), "ess": float(one.ess_bulk)}
+        for observable in observables:
+            row[f"loss {observable}"] = float(one.init_loss_observable.sel(observable=observable))
+            row[f"llc {observable}"] = float(one.llc_observable.sel(observable=observable))
+            row[f"sem {observable}"] = float(one.llc_observable_sem.sel(observable=observable))
+        rows.append(row)
+    return rows
 
 
 def run(folder: Path, checkpoints: tuple[int, ...] = CHECKPOINTS, characters: int = 2_500_000, **changed: object) -> list[dict]:
@@ -137,34 +130,32 @@ def run(folder: Path, checkpoints: tuple[int, ...] = CHECKPOINTS, characters: in
     trained = time.monotonic()
     settings = SAMPLING | changed
     observables = {"code": held_out_code, "prose": held_out_prose}
-    rows, results = [], {}
-    for step in checkpoints:
-        name = f"step-{step:06d}"
-        row, results[step] = measure(folder / "checkpoints" / name, dataset, observables, folder / "runs" / name, settings)
-        rows.append(row)
-        print_row(rows[-1], header=len(rows) == 1)
+    sweep = devinterp.sweep(folder / "checkpoints", dataset, observables, output_path=folder / "runs", **settings)
+    result = devinterp.compute_llc(sweep)
+    rows = table(result, list(observables))
+    print_rows(rows)
     figure, (above, below) = pyplot.subplots(2, sharex=True, figsize=(7, 6.5), layout="constrained")
-    plot_loss_over_checkpoints(results, ax=above).set_xlabel("")
-    plot_llc_over_checkpoints(results, ax=below)
+    plot_loss_over_checkpoints(result, ax=above).set_xlabel("")
+    plot_llc_over_checkpoints(result, ax=below)
     length = f"{settings['num_chains']} chains x {settings['num_draws']} draws"
     figure.suptitle(f"GPT-NeoX, 231k parameters, on Python's standard library; {length}", fontsize=10)
     figure.savefig(folder / "llc_over_training.png", dpi=130)
     pyplot.close(figure)
     print(f"\npicture: {folder / 'llc_over_training.png'}")
-    print(f"stores:  {folder / 'runs'} (look into one with: devinterp show {folder / 'runs' / name})")
+    last = folder / "runs" / f"{sweep.checkpoint.values[-1]}.zarr"
+    print(f"stores:  {folder / 'runs'} (look into one with: devinterp show {last})")
     print("LLCs depend on the sampler's settings, localization above all: compare them at one setting only, as here.")
     print(f"{trained - started:.0f} s for text and training, {time.monotonic() - trained:.0f} s for the LLCs")
     return rows
 
 
-def print_row(row: dict, header: bool) -> None:
-    if header:
-        print("\n  step  loss code  prose     LLC  ± sem    code   prose   R-hat   ESS        lr")
-    print(
-        f"{row['step']:>6} {row['loss code']:>10.2f} {row['loss prose']:>6.2f} {row['llc']:>7.2f} {row['sem']:>6.2f} "
-        f"{row['llc code']:>7.2f} {row['llc prose']:>7.2f} {row['rhat']:>7.3f} {row['ess']:>5.0f} {row['lr']:>9.1e}",
-        flush=True,
-    )
+def print_rows(rows: list[dict]) -> None:
+    print("\n  step  loss code  prose     LLC  ± sem    code   prose   R-hat   ESS        lr")
+    for row in rows:
+        print(
+            f"{row['step']:>6} {row['loss code']:>10.2f} {row['loss prose']:>6.2f} {row['llc']:>7.2f} {row['sem']:>6.2f} "
+            f"{row['llc code']:>7.2f} {row['llc prose']:>7.2f} {row['rhat']:>7.3f} {row['ess']:>5.0f} {row['lr']:>9.1e}"
+        )
 
 
 def folder_asked_for(description: str) -> Path:

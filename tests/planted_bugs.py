@@ -43,6 +43,7 @@ ERRORS, CONTROL, PATTERNS = "tests/test_error_bars.py", "tests/test_control.py",
 RMS, LOOP = "samplers/rmsprop_sgld.py", "engine/chain.py"
 PLM, NHT = "samplers/preconditioned_leimkuhler_matthews.py", "samplers/sgnht.py"
 PICTURES, REPORT, PAGE = "tests/test_pictures.py", "tests/test_report.py", "pictures/page/html.py"
+SWEEP, ORIGIN = "tests/test_sweep.py", "tests/test_origin.py"
 SAMPLERS, METRIC = "tests/test_samplers.py", "tests/test_metric.py"
 
 BUGS = [
@@ -227,6 +228,17 @@ BUGS = [
     Bug("a page that may load", PAGE, "default-src 'none'; script-src", "default-src *; script-src", REPORT),
     Bug("a report of two settings", "slt/report_runs.py", "if len(groups) > 1:", "if False:", REPORT),
     Bug("a file of others replaced", "slt/report.py", "path.exists() and not _is_report(path)", "False", REPORT),
+    Bug("a revision is left out", "engine/origin.py", "self.source, revision=self.revision, trust_remote_code=False, output_loading_info=True", "self.source, trust_remote_code=False, output_loading_info=True", ORIGIN),
+    Bug("made-up weights are taken", "engine/origin.py", "if random := sorted(", "if random := sorted([])[:0] and sorted(", ORIGIN),
+    Bug("checkpoints sorted as text", "engine/origin.py", "key=lambda item: (item[0], item[1].name)", "key=lambda item: item[1].name", ORIGIN),
+    Bug("a relative path stays relative", "engine/origin.py", "return Pretrained(str(path.absolute()))", "return Pretrained(str(path))", ORIGIN),
+    Bug("a sweep's checkpoints mislabelled", "slt/sweep_results.py", "{dim: np.asarray(list(parts), dtype=object)}", "{dim: np.asarray(sorted(parts), dtype=object)}", SWEEP),
+    Bug("what failed is taken as stored", "store/sweeps.py", "known = sweep.failed.get(checkpoint) or", "known = None and", SWEEP),
+    Bug("other settings beside one another", "store/sweeps.py", "name not in FREE and made_with.get(name) != settings[name]", "False", SWEEP),
+    Bug("other settings in a sweep's folder", "slt/sweep_study.py", "        if lines:\n            raise RunMismatchError(str(self.folder), lines)", "        if False:\n            raise RunMismatchError(str(self.folder), lines)", SWEEP),
+    Bug("two checkpoints share a file", "store/sweeps.py", "if file in seen:", "if False:", SWEEP),
+    Bug("a linked store in a sweep is followed", "store/sweeps.py", "if path.is_symlink():", "if False:", SWEEP),
+    Bug("a stopped sweep takes the next", "slt/sweeps.py", "if stop.signal is None:\n        work()", "work()", SWEEP),
 ]  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from devinterp import pictures as pictures
+    from devinterp.engine.origin import revisions
     from devinterp.slt.bif import bif, compute_bif
     from devinterp.slt.calibration import calibrate
     from devinterp.slt.diagnosis import describe, diagnose
@@ -16,7 +17,9 @@ if TYPE_CHECKING:
     from devinterp.slt.report import report
     from devinterp.slt.sampling import sample
     from devinterp.slt.susceptibilities import compute_susceptibilities, susceptibilities
+    from devinterp.slt.sweeps import sweep
     from devinterp.slt.weight_restrictions import create_param_masks, preview_weight_restriction
+    from devinterp.store.sweeps import open_sweep
     from devinterp.store.verification import verify
     from devinterp.utils import default_nbeta, tokenize_and_concatenate
 
@@ -35,6 +38,9 @@ _HOMES = {
     "calibrate": "devinterp.slt.calibration",
     "diagnose": "devinterp.slt.diagnosis",
     "describe": "devinterp.slt.diagnosis",
+    "sweep": "devinterp.slt.sweeps",
+    "open_sweep": "devinterp.store.sweeps",
+    "revisions": "devinterp.engine.origin",
     "verify": "devinterp.store.verification",
     "default_nbeta": "devinterp.utils",
     "tokenize_and_concatenate": "devinterp.utils",
@@ -52,10 +58,13 @@ __all__ = [
     "describe",
     "diagnose",
     "llc",
+    "open_sweep",
     "preview_weight_restriction",
     "report",
+    "revisions",
     "sample",
     "susceptibilities",
+    "sweep",
     "tokenize_and_concatenate",
     "verify",
 ]

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from devinterp.cli import commands
+from devinterp.cli import commands, sweeping
 from devinterp.cli.printing import inert
 from devinterp.errors import DevinterpError, DevinterpInputError, StoreError
 
@@ -25,6 +25,7 @@ app = typer.Typer(
 app.command("llc")(commands.llc_command)
 app.command("bif")(commands.bif_command)
 app.command("susceptibilities")(commands.susceptibilities_command)
+app.command("sweep")(sweeping.sweep_command)
 app.command("components")(commands.components_command)
 app.command("calibrate")(commands.calibrate_command)
 app.command("diagnose")(commands.diagnose_command)

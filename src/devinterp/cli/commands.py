@@ -32,11 +32,16 @@ def llc_command(job: Job) -> None:
 
 
 def show_command(store: Annotated[Path, typer.Argument(help="Directory of a store.")]) -> None:
-    """Summarise a store: settings, chains, losses, LLC."""
+    """Summarise a store: settings, chains, losses, LLC; of a sweep, the LLC of each run."""
+    from devinterp.cli.sweeping import print_sweep
     from devinterp.slt.llc import compute_llc
     from devinterp.store.reader import open_store
     from devinterp.store.samples import root_of
+    from devinterp.store.sweeps import is_sweep, open_sweep
 
+    if is_sweep(store):
+        print_sweep(open_sweep(store))
+        return
     samples = open_store(store)
     root_of(samples)
     print_settings(samples)
@@ -180,7 +185,7 @@ def susceptibilities_command(
     _need_observables(job, "--observable code=code.txt")
     path = job.path("susceptibilities")
     tree = susceptibilities(
-        job.model, job.dataset, {"data": job.dataset, **job.observables}, _restrictions(job.model, components),
+        job.model, job.dataset, {"data": job.dataset, **job.observables}, restrictions_of(job.model, components),
         sampling_task="data", include_sampling_task=True,
         estimator=estimator, standardize=not raw, output_path=path, device=job.device, **job.settings,
     )  # fmt: skip
@@ -219,7 +224,7 @@ def _need_observables(job: Job, example: str) -> None:
         raise InputValueError(got("--observable", "none", "at least one NAME=DATA", f"Try {example}."))
 
 
-def _restrictions(model: Any, components: str) -> dict[str, Any]:
+def restrictions_of(model: Any, components: str, option: str = "--components") -> dict[str, Any]:
     """The whole model, and a restriction for every component named."""
     from devinterp.engine.discovery import structure
     from devinterp.engine.discovery.listing import KINDS, component_names
@@ -228,7 +233,7 @@ def _restrictions(model: Any, components: str) -> dict[str, Any]:
         names = component_names(structure(model), components)
         if not names:
             fix = "Look at: devinterp components MODEL."
-            raise InputValueError(got("--components", components, "something that the model has", fix))
+            raise InputValueError(got(option, components, "something that the model has", fix))
     else:
         names = [name.strip() for name in components.split(",") if name.strip()]
     return {"full": None, **{name: name for name in names}}

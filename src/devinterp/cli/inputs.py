@@ -7,34 +7,27 @@ from typing import Any
 from devinterp.errors import InputValueError, got
 
 
-def load_tokenizer(name: str, revision: str | None = None) -> Any:
-    from transformers import AutoTokenizer
+def load_tokenizer(name: str) -> Any:
+    from devinterp.engine.origin import named
 
-    try:
-        # without the False, transformers asks at a terminal whether to run the code that comes with a checkpoint
-        return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        fix = f"Check the path or name. ({_first_line(error)})"
-        raise InputValueError(got("--tokenizer", name, "a directory with a tokenizer, or a hub id", fix)) from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]
+    return named(name, "--tokenizer").tokenizer("--tokenizer")
 
 
 def load_model(model: str, revision: str | None) -> tuple[Any, Any]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    """The model and its tokenizer."""
     from transformers.utils.logging import disable_progress_bar
+
+    from devinterp.engine.origin import Pretrained, named
 
     if not sys.stderr.isatty():
         disable_progress_bar()
-    try:
-        # without the False, transformers asks at a terminal whether to run the code that comes with a checkpoint
-        tokenizer = AutoTokenizer.from_pretrained(model, revision=revision, trust_remote_code=False)
-        return AutoModelForCausalLM.from_pretrained(model, revision=revision, trust_remote_code=False), tokenizer
-    except (OSError, ValueError) as error:
-        fix = f"Check the path or name. ({_first_line(error)})"
-        raise InputValueError(got("MODEL", model, "a directory with a model and tokenizer, or a hub id", fix)) from error
+    origin = named(model, "MODEL")
+    if revision is not None:
+        if origin.revision is not None:
+            raise InputValueError(got("MODEL", model, "without '@' where --revision is given", "Give the revision once."))
+        origin = Pretrained(origin.source, revision)
+    tokenizer = origin.tokenizer("MODEL")
+    return origin.load("MODEL"), tokenizer
 
 
 def tokenize(option: str, source: str, tokenizer: Any, column: str, split: str, context: int, sequences: int) -> Any:
@@ -44,6 +37,10 @@ def tokenize(option: str, source: str, tokenizer: Any, column: str, split: str, 
     made = tokenize_and_concatenate(text, tokenizer, max_length=context, column_name=column,
                                     add_bos_token=tokenizer.bos_token_id is not None)  # fmt: skip
     return made.select(range(min(len(made), sequences)))
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]
 
 
 def load_text(option: str, source: str, column: str, split: str) -> Any:

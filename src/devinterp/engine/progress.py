@@ -2,6 +2,7 @@
 
 import logging
 import sys
+import threading
 import time
 from typing import Any, Self
 
@@ -61,3 +62,32 @@ class Progress:
     def __exit__(self, *_: object) -> None:
         if self._bar is not None:
             self._bar.close()
+
+
+_COUNTING = threading.Lock()
+
+
+class Part(Progress):
+    """The share of one run in the display of several, which may be under way in threads of their own."""
+
+    def __init__(self, whole: Progress, total: int, name: str):
+        super().__init__(total, name, enabled=False)
+        self.whole = whole
+
+    def describe(self, description: str) -> None:
+        with _COUNTING:
+            self.whole.describe(f"{self.description}: {description}")
+
+    def update(self, count: int = 1, note: str = "") -> None:
+        super().update(count, note)
+        with _COUNTING:
+            self.whole.update(count, note)
+
+    def skip(self, count: int) -> None:
+        super().skip(count)
+        with _COUNTING:
+            self.whole.skip(count)
+
+    def __exit__(self, *_: object) -> None:
+        """What was not done will not be: the run has failed, or was there already."""
+        self.skip(self.total - self.done)

@@ -5,6 +5,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from types import FrameType
 
@@ -30,15 +31,28 @@ class Stop:
         raise SystemExit(128 + self.signal)
 
 
+_OF_MAIN_THREAD: ContextVar[Stop | None] = ContextVar("stop of the main thread", default=None)
+
+
+@contextmanager
+def heard_by_threads(stop: Stop) -> Iterator[None]:
+    """Runs in threads that are started in a copy of this context (`contextvars.copy_context().run`) stop with the main one."""
+    token = _OF_MAIN_THREAD.set(stop)
+    try:
+        yield
+    finally:
+        _OF_MAIN_THREAD.reset(token)
+
+
 @contextmanager
 def stop_signals() -> Iterator[Stop]:
     """Catches SIGINT and SIGTERM for the length of the block; a second SIGINT is not waited for.
 
-    Outside of the main thread nothing is caught: signals do not arrive there.
+    Outside of the main thread nothing is caught, since signals do not arrive there: see `heard_by_threads`.
     """
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():
-        yield stop
+        yield _OF_MAIN_THREAD.get() or stop
         return
 
     def asked(number: int, frame: FrameType | None) -> None:

@@ -17,10 +17,12 @@ from devinterp.slt.bif_results import check_memory, of_queries, strongest, whole
 from devinterp.slt.control import CONTROL, check_control, control_of, run_with_control
 from devinterp.slt.requests import Request, check_stored, path_of_run, request_of
 from devinterp.slt.running import run
+from devinterp.slt.sweep_results import of_each_run
 from devinterp.store.matrices import MatrixWriter, check_new_path
 from devinterp.store.reader import metadata_of
 from devinterp.store.runs import unsampled
 from devinterp.store.samples import Samples, of_chains, root_of, usable_chains
+from devinterp.store.sweeps import is_sweep
 from devinterp.store.traces import Traces, chosen_observables
 
 
@@ -162,7 +164,8 @@ def compute_bif(
     large ones. Below about 50 effective draws intervals are too narrow.
 
     Args:
-        samples: a DataTree (or its root dataset, or the path of a store).
+        samples: a DataTree (or its root dataset, or the path of a store); or a sweep (or its path), which gives everything
+            along `checkpoint`, and `restriction` where it has some.
         correlation_method: "token" compares single losses, "sequence" the mean losses of sequences.
         reduce_chain_dimension_method: "stack" takes every draw of every chain, "mean" the mean over chains at each draw.
         loss_keys: observables to take, in this order; "all" = all, sorted.
@@ -202,19 +205,27 @@ def compute_bif(
         average_tokenwise_bif, compute_covariance, batch_size, device, center, sign, queries, top_k, output_path, on_diverged,
         errors,
     )  # fmt: skip
-    ds = root_of(samples)
-    kept, dropped = usable_chains(ds, on_diverged)
+    if is_sweep(samples):
+        if output_path is not None:
+            fix = "Compute each checkpoint's: compute_bif(samples['step512'], output_path=...)."
+            raise InputValueError(got("output_path", os.fspath(output_path), "None with a sweep", fix))
+        return of_each_run(samples, lambda run: _influences(run, options, progress))
+    return _influences(root_of(samples), options, progress)
+
+
+def _influences(ds: xr.Dataset, options: Options, progress: bool) -> xr.Dataset:
+    kept, dropped = usable_chains(ds, options.on_diverged)
     ds = of_chains(ds, kept)
     traces = _traces(ds, options)
     sides = Sides(traces, options)
-    if output_path is not None:
-        with MatrixWriter(output_path) as writer:
+    if options.output_path is not None:
+        with MatrixWriter(options.output_path) as writer:
             write_whole(sides, writer, progress)
             writer.finish(_attributes(ds, sides, dropped), {"input_ids": traces.input_ids()})
         return writer.open()
-    if top_k is not None:
-        result = strongest(sides, top_k, progress)
-    elif queries is not None:
+    if options.top_k is not None:
+        result = strongest(sides, options.top_k, progress)
+    elif options.queries is not None:
         result = of_queries(sides, progress)
     else:
         result = whole(sides, progress)

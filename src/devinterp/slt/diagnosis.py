@@ -1,6 +1,7 @@
 """Whether the chains of a run can be believed, why not, and what to change."""
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -13,9 +14,11 @@ from devinterp.analysis.uncertainty import Trace, ess, rhat, standard_error
 from devinterp.analysis.verdicts import UNMOVED, Judgement, Run, counted
 from devinterp.slt.llc import excess_losses
 from devinterp.slt.step_size import step_size_of
+from devinterp.slt.sweep_results import of_each_run
 from devinterp.store.reader import metadata_of, n_beta_of
 from devinterp.store.samples import Samples, of_chains, root_of, status_of_chains
 from devinterp.store.schema import COMPLETE, DIVERGED, STATUS_MEANINGS
+from devinterp.store.sweeps import is_sweep, label
 
 TOLD = ("sampling_method", "localization", "num_burnin_steps", "num_steps_bw_draws", "match_sampling_input_ids_across_chains")
 
@@ -30,8 +33,9 @@ def diagnose(samples: Samples) -> xr.Dataset:
     `rhat_matched` leaves out what all chains have in common at each draw; verdicts go by the larger of the two.
 
     Args:
-        samples: a DataTree (or its root dataset, or the path of a store). Chains that diverged or failed are told of, and
-            left out of everything else.
+        samples: a DataTree (or its root dataset, or the path of a store); or a sweep (or its path), which gives everything
+            along `checkpoint`, and `restriction` where it has some. Chains that diverged or failed are told of, and left out of
+            everything else.
 
     Returns:
         Dataset with, for every `chain`: `verdict`, `reason`, `advice`; `llc_chain` and its Monte Carlo standard error
@@ -50,6 +54,8 @@ def diagnose(samples: Samples) -> xr.Dataset:
         ChainsUnusable: chains are not finished.
         StoreError: the samples lack what is needed.
     """
+    if is_sweep(samples):
+        return of_each_run(samples, diagnose)
     ds = root_of(samples)
     n_beta, status = n_beta_of(ds), status_of_chains(ds)
     kept = [chain for chain, code in enumerate(status) if code == COMPLETE]
@@ -87,12 +93,34 @@ def diagnose(samples: Samples) -> xr.Dataset:
 
 
 def describe(diagnosis: xr.Dataset) -> str:
-    """The LLC and what `diagnose` found, in sentences, one to a line."""
+    """The LLC and what `diagnose` found, in sentences, one to a line; of a sweep, under the name of each run."""
+    if "checkpoint" in diagnosis.dims:
+        return "\n".join(line for name, one in _runs(diagnosis) for line in (name, *(f"  {line}" for line in _lines(one))))
+    return "\n".join(_lines(diagnosis))
+
+
+def _runs(diagnosis: xr.Dataset) -> Iterator[tuple[str, xr.Dataset]]:
+    """The diagnosis of each run of a sweep, with its name."""
+    for checkpoint in map(str, diagnosis["checkpoint"].values):
+        of_one = diagnosis.sel(checkpoint=checkpoint)
+        restrictions: list[str | None] = (
+            list(map(str, of_one["restriction"].values)) if "restriction" in of_one.dims else [None]
+        )
+        for restriction in restrictions:
+            name = label(checkpoint, restriction)
+            told = {key: diagnosis.attrs[key] for key in ("sentences", "num_chains_used")}
+            of_run = {key: value.get(name) if isinstance(value, dict) else value for key, value in told.items()}
+            if of_run["sentences"] is not None:
+                one = of_one if restriction is None else of_one.sel(restriction=restriction)
+                yield name, one.assign_attrs(diagnosis.attrs | of_run)
+
+
+def _lines(diagnosis: xr.Dataset) -> list[str]:
     lines = list(diagnosis.attrs["sentences"])
     if diagnosis.attrs["num_chains_used"]:
         at = f"n_beta {diagnosis.attrs['n_beta']:g}, localization {diagnosis.attrs.get('localization', math.nan):g}"
         lines.insert(0, f"LLC {float(diagnosis.llc_mean):.4g} ± {float(diagnosis.mcse):.2g} (standard error), at {at}.")
-    return "\n".join(lines)
+    return lines
 
 
 def _ended(ds: xr.Dataset, chain: int, code: int) -> Judgement:

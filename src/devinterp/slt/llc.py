@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,10 @@ from devinterp.errors import ChainsUnusable, StoreError
 from devinterp.slt.llc_parts import PARTS, of_observables, of_parts
 from devinterp.slt.sampling import sample
 from devinterp.slt.step_size import step_size_of
+from devinterp.slt.sweep_results import of_each_run
 from devinterp.store.reader import metadata_of, n_beta_of
 from devinterp.store.samples import Samples, draw_spans, of_chains, root_of, usable_chains
+from devinterp.store.sweeps import is_sweep
 
 ERROR_OF_CORRECTION = 0.5
 """of the correction for the step size: its trace is that of one random direction, and its formula the first order"""
@@ -73,7 +76,8 @@ def compute_llc(
     A value depends on `localization` more than on anything else: compare LLCs at one setting only.
 
     Args:
-        samples: a DataTree (or its root dataset, or the path of a store).
+        samples: a DataTree (or its root dataset, or the path of a store); or a sweep (or its path), which gives everything
+            along `checkpoint`, and `restriction` where it has some.
         on_diverged: "raise", or "drop" to leave out chains that diverged or failed, listed in the attributes.
         per: also the LLC of each "sequence" or "token" of the observables; their mean is the observable's.
         correct_step_size: take `step_size_bias` off `llc_mean`, `llc_scalar` and `llc_per_chain`, and add half of it, as an
@@ -94,6 +98,9 @@ def compute_llc(
         StoreError: the samples lack what is needed.
     """
     _check_options(on_diverged, per, correct_step_size)
+    if is_sweep(samples):
+        options: dict[str, Any] = {"on_diverged": on_diverged, "per": per, "correct_step_size": correct_step_size}
+        return of_each_run(samples, partial(compute_llc, **options))
     ds = root_of(samples)
     n_beta = n_beta_of(ds)
     kept, dropped = usable_chains(ds, on_diverged)

@@ -18,11 +18,12 @@ from devinterp.slt.bif import compute_bif
 from devinterp.slt.diagnosis import describe, diagnose
 from devinterp.slt.llc import compute_llc
 from devinterp.slt.report_runs import Run, Runs
-from devinterp.slt.suites import FULL, averaged
+from devinterp.slt.suites import averaged
 from devinterp.slt.susceptibilities import compute_susceptibilities
 from devinterp.store.reader import metadata_of, n_beta_of, observable_names
 from devinterp.store.samples import status_of_chains
 from devinterp.store.schema import COMPLETE
+from devinterp.store.sweeps import FULL
 
 MOST_SEQUENCES = 64
 """of the matrix of influences"""

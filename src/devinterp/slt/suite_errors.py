@@ -8,8 +8,9 @@ import numpy as np
 from devinterp.analysis.moments import spans
 from devinterp.analysis.susceptibility import Doubles, one_chain_errors, two_chain_errors
 from devinterp.analysis.uncertainty import standard_errors
-from devinterp.slt.suites import FULL, Suite, at_checkpoint
+from devinterp.slt.suites import Suite, at_checkpoint
 from devinterp.store.samples import mean_per_draw
+from devinterp.store.sweeps import FULL
 
 READ_BYTES = 2**25
 """Losses read at once; at least one sequence"""

@@ -12,11 +12,9 @@ from devinterp.analysis.susceptibility import Doubles, Moments, standardised
 from devinterp.engine.tokens import stored_name
 from devinterp.errors import DevinterpError, InputTypeError, InputValueError, StoreError, got
 from devinterp.store.reader import metadata_of, observable_names
-from devinterp.store.samples import Samples, draws_in_parts, of_chains, root_of, usable_chains
+from devinterp.store.samples import draws_in_parts, of_chains, root_of, usable_chains
+from devinterp.store.sweeps import FULL
 from devinterp.store.traces import chosen_observables
-
-FULL = "full"
-"""The name of the run of the whole model"""
 
 FREE = {"param_masks", "lr"}
 """What may differ between the identities of a suite's runs; the step sizes themselves are compared"""
@@ -35,8 +33,8 @@ class Suite:
     @classmethod
     def of(
         cls,
-        wr_map: Mapping[str, Samples],
-        sampling_task: str,
+        wr_map: Any,
+        sampling_task: str | None,
         observable_names: Sequence[str] | None,
         include_sampling_task: bool,
         on_diverged: str,

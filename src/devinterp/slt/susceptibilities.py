@@ -14,16 +14,18 @@ from torch import Tensor, nn
 from devinterp.engine.progress import Progress
 from devinterp.engine.settings import choice, settings_and_paths, switch
 from devinterp.engine.tokens import stored_name
-from devinterp.errors import ChainsUnusable, DevinterpInputError, InputTypeError, InputValueError, got
+from devinterp.errors import ChainsUnusable, InputTypeError, InputValueError, got
 from devinterp.slt.control import CONTROL, check_control, control_of
 from devinterp.slt.requests import Inputs, Request, at_step_size, check_stored, path_of_run
 from devinterp.slt.running import run_suite, run_to_store
 from devinterp.slt.suite_errors import errors_of, errors_of_full
-from devinterp.slt.suites import FULL, Suite, moments_of, table
-from devinterp.slt.weight_restrictions import create_param_masks
+from devinterp.slt.suites import Suite, moments_of, table
+from devinterp.slt.sweep_results import of_each_checkpoint
+from devinterp.slt.weight_restrictions import check_restrictions, masks_of
 from devinterp.store.reader import metadata_of, open_store
 from devinterp.store.runs import layout
 from devinterp.store.samples import Samples, root_of, usable_chains
+from devinterp.store.sweeps import FULL, is_sweep, tree_of
 from devinterp.store.writer import check_space
 
 
@@ -85,8 +87,8 @@ def susceptibilities(
     if "param_masks" in settings:
         fix = "Restrictions come from weight_restrictions."
         raise InputTypeError(got("param_masks", settings["param_masks"], "absent", fix))
-    names = _check_names(weight_restrictions, control)
-    _check_task(observables, sampling_task, switch("include_sampling_task", include_sampling_task))
+    names = check_restrictions(weight_restrictions, control)
+    check_task(observables, sampling_task, switch("include_sampling_task", include_sampling_task))
     chosen, paths = settings_and_paths(lr=lr, n_beta=n_beta, **settings)
     check_control(control, chosen)
     if chosen.num_chains * chosen.num_draws < 2:
@@ -96,7 +98,7 @@ def susceptibilities(
         executor=executor, devices=devices,
     )  # fmt: skip
     requests = {
-        name: Request.of(inputs, _masks(model, name, weight_restrictions[name]), path_of_run(output_path, name))
+        name: Request.of(inputs, masks_of(model, name, weight_restrictions[name]), path_of_run(output_path, name))
         for name in names
     }
     without_loss = control_of(inputs) if control else inputs
@@ -109,7 +111,7 @@ def susceptibilities(
     check_space(requests[FULL].path, *layout(chosen, inputs.batches.tokens.length, inputs.observables), count=count)
     check_stored(requests[FULL], [*list(requests.values())[1:], *controls.values()])
     with Progress(count * inputs.num_rows, FULL, progress) as bar:
-        runs, of_prior, failed = _run_all(requests, controls, on_diverged, bar)
+        runs, of_prior, failed = run_all(requests, controls, on_diverged, bar)
     if failed:
         listed = "; ".join(f"{name}: {reason}" for name, reason in failed.items())
         warnings.warn(f"{len(failed)} of {count} restrictions failed and are left out. {listed}", stacklevel=2)
@@ -125,8 +127,8 @@ def susceptibilities(
 
 
 def compute_susceptibilities(
-    wr_map: Mapping[str, Samples],
-    sampling_task: str,
+    wr_map: Mapping[str, Samples] | Samples,
+    sampling_task: str | None = None,
     observable_names: Sequence[str] | None = None,
     include_sampling_task: bool = False,
     *,
@@ -158,8 +160,9 @@ def compute_susceptibilities(
 
     Args:
         wr_map: restriction -> samples (a DataTree, its root dataset, or the path of a store); "full" for the whole model (may
-            be absent with estimator="one_chain").
-        sampling_task: the observable whose mean loss is L.
+            be absent with estimator="one_chain"). Or a sweep over restrictions (or its path), which gives `sus` and what goes
+            with it along `checkpoint`.
+        sampling_task: the observable whose mean loss is L; None = that of the sweep.
         observable_names: observables whose tokens are asked about; None = all but the sampling task.
         include_sampling_task: with observable_names=None, the sampling task too.
         estimator: "two_chain" or "one_chain".
@@ -183,6 +186,14 @@ def compute_susceptibilities(
     """
     check_options(estimator, standardize, mean_over, errors, on_diverged)
     switch("include_sampling_task", include_sampling_task)
+    if is_sweep(wr_map):
+        tree = _of_restrictions(wr_map)
+        compute = partial(
+            compute_susceptibilities, sampling_task=sampling_task or tree.attrs["sampling_task"],
+            observable_names=observable_names, include_sampling_task=include_sampling_task, estimator=estimator,
+            standardize=standardize, mean_over=mean_over, errors=errors, on_diverged=on_diverged,
+        )  # fmt: skip
+        return of_each_checkpoint(tree, compute)
     suite = Suite.of(
         wr_map, sampling_task, observable_names, include_sampling_task, on_diverged, needs_full=estimator == "two_chain"
     )
@@ -199,6 +210,14 @@ def compute_susceptibilities(
     return result
 
 
+def _of_restrictions(sweep: Any) -> xr.DataTree:
+    tree = tree_of(sweep)
+    if not tree.attrs["restrictions"]:
+        fix = "Sweep with weight_restrictions={'full': None, 'l0h0': 'l0h0'}."
+        raise InputValueError(got("wr_map", "a sweep", "a sweep over restrictions", fix))
+    return tree
+
+
 def check_options(estimator: str, standardize: bool, mean_over: str | None, errors: bool, on_diverged: str) -> None:
     choice("two_chain", "one_chain")("estimator", estimator)
     choice("raise", "drop")("on_diverged", on_diverged)
@@ -208,7 +227,7 @@ def check_options(estimator: str, standardize: bool, mean_over: str | None, erro
         choice("sequence", "dataset")("mean_over", mean_over)
 
 
-def _run_all(
+def run_all(
     requests: Mapping[str, Request], controls: Mapping[str, Request], on_diverged: str, bar: Progress
 ) -> tuple[dict[str, Samples], dict[str, Samples], dict[str, str]]:
     """The run of the whole model, then every restriction's at its step size, then the controls; what failed, and why."""
@@ -243,47 +262,7 @@ def _usable(
     return runs, failed
 
 
-def _check_names(given: Any, control: bool) -> list[str]:
-    """Names of the restrictions, the whole model first."""
-    if not isinstance(given, Mapping):
-        raise InputTypeError(got("weight_restrictions", given, "a dict: name -> masks", "Try {'full': None, 'l0h0': 'l0h0'}."))
-    if FULL not in given:
-        fix = "Add 'full': None, the whole model."
-        raise InputValueError(got("weight_restrictions", list(given), "a dict that holds 'full'", fix))
-    if len(given) < 2:
-        raise InputValueError(got("weight_restrictions", list(given), "'full' and at least one more", "Try 'l0h0': 'l0h0'."))
-    seen: dict[str, str] = {}
-    for name in given:
-        if (
-            not isinstance(name, str)
-            or not name.strip()
-            or len(name) > 100
-            or "/" in name
-            or "\\" in name
-            or not name.isprintable()
-        ):
-            allowed = "a name of up to 100 printable characters without slashes"
-            raise InputValueError(got("weight_restrictions", name, allowed, "It becomes part of a file name. Try 'l0h0'."))
-        if (folded := name.casefold()) in seen:
-            raise InputValueError(f"weight_restrictions: {name!r} and {seen[folded]!r} would share a file. Rename one of them.")
-        seen[folded] = name
-    if control and (taken := [name for name in given if name.casefold().startswith(f"{CONTROL}_")]):
-        fix = f"A control takes such names for its own files. Rename {taken}."
-        raise InputValueError(got("weight_restrictions", taken, f"names without {CONTROL + '_'!r} at their beginning", fix))
-    return [FULL, *(name for name in given if name != FULL)]
-
-
-def _masks(model: nn.Module, name: str, value: Any) -> Any:
-    """Masks as given, or of the component that is named."""
-    if not isinstance(value, str | list):
-        return value
-    try:
-        return create_param_masks(model, value)
-    except DevinterpInputError as error:
-        raise InputValueError(f"weight_restrictions[{name!r}]: {error}") from error
-
-
-def _check_task(observables: Any, task: Any, include_sampling_task: bool) -> None:
+def check_task(observables: Any, task: Any, include_sampling_task: bool) -> None:
     if not isinstance(observables, Mapping):
         fix = "Try {'pile': tokens, 'code': others}."
         raise InputTypeError(got("observables", observables, "a dict: name -> dataset or (dataset, batches)", fix))

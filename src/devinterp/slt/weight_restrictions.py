@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from devinterp.engine.discovery.masks import Mask, runs
 from devinterp.engine.discovery.restrict import select
-from devinterp.errors import InputTypeError, InputValueError, got
+from devinterp.errors import DevinterpInputError, InputTypeError, InputValueError, got
+from devinterp.slt.control import CONTROL
+from devinterp.store.sweeps import FULL
 
 RUNS_SHOWN = 4
 
@@ -153,3 +155,43 @@ def _table(chosen: Mapping[str, tuple[str, int]], parameters: Mapping[str, Tenso
 def _share(part: int, whole: int) -> str:
     percent = 100 * part / max(whole, 1)
     return f"{percent:.0f} %" if percent >= 10 or not part else f"{percent:.2g} %"
+
+
+def check_restrictions(given: Any, control: bool) -> list[str]:
+    """Names of the restrictions, the whole model first."""
+    if not isinstance(given, Mapping):
+        raise InputTypeError(got("weight_restrictions", given, "a dict: name -> masks", "Try {'full': None, 'l0h0': 'l0h0'}."))
+    if FULL not in given:
+        fix = "Add 'full': None, the whole model."
+        raise InputValueError(got("weight_restrictions", list(given), "a dict that holds 'full'", fix))
+    if len(given) < 2:
+        raise InputValueError(got("weight_restrictions", list(given), "'full' and at least one more", "Try 'l0h0': 'l0h0'."))
+    seen: dict[str, str] = {}
+    for name in given:
+        if (
+            not isinstance(name, str)
+            or not name.strip()
+            or len(name) > 100
+            or "/" in name
+            or "\\" in name
+            or not name.isprintable()
+        ):
+            allowed = "a name of up to 100 printable characters without slashes"
+            raise InputValueError(got("weight_restrictions", name, allowed, "It becomes part of a file name. Try 'l0h0'."))
+        if (folded := name.casefold()) in seen:
+            raise InputValueError(f"weight_restrictions: {name!r} and {seen[folded]!r} would share a file. Rename one of them.")
+        seen[folded] = name
+    if control and (taken := [name for name in given if name.casefold().startswith(f"{CONTROL}_")]):
+        fix = f"A control takes such names for its own files. Rename {taken}."
+        raise InputValueError(got("weight_restrictions", taken, f"names without {CONTROL + '_'!r} at their beginning", fix))
+    return [FULL, *(name for name in given if name != FULL)]
+
+
+def masks_of(model: nn.Module, name: str, value: Any) -> Any:
+    """Masks as given, or of the component that is named."""
+    if not isinstance(value, str | list):
+        return value
+    try:
+        return create_param_masks(model, value)
+    except DevinterpInputError as error:
+        raise InputValueError(f"weight_restrictions[{name!r}]: {error}") from error

@@ -39,7 +39,10 @@ def root_of(samples: Samples) -> xr.Dataset:
     if isinstance(samples, str | os.PathLike):
         samples = open_store(samples)
     if isinstance(samples, xr.DataTree):
-        samples = samples.to_dataset()
+        if "sweep" in samples.attrs:
+            fix = "Take one of its runs, for example samples['step512']."
+            raise InputTypeError(got("samples", "a sweep", "the samples of one run", fix))
+        samples = samples.to_dataset(inherit=False)
     if not isinstance(samples, xr.Dataset):
         fix = "Pass what sample() returned, or the path of its store."
         raise InputTypeError(got("samples", type(samples), "a DataTree, a Dataset or a path", fix))
