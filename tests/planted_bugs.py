@@ -224,7 +224,7 @@ BUGS = [
     Bug("a sequence with itself drawn", "pictures/influence.py", "np.where(np.equal.outer(rows, columns), np.nan, values)", "values", PICTURES),
     Bug("clusters of opposites", "pictures/influence.py", 'sign = -1 if "sign reversed"', 'sign = 1 if "sign reversed"', PICTURES),
     Bug("text of others as HTML", PAGE, "html.escape(shown, quote=True)", "shown", REPORT),
-    Bug("data that ends its script", PAGE, '.replace("<", "\\u003c")', "", REPORT),
+    Bug("data that ends its script", PAGE, '.replace("<", "\\\\u003c")', "", REPORT),
     Bug("a page that may load", PAGE, "default-src 'none'; script-src", "default-src *; script-src", REPORT),
     Bug("a report of two settings", "slt/report_runs.py", "if len(groups) > 1:", "if False:", REPORT),
     Bug("a file of others replaced", "slt/report.py", "path.exists() and not _is_report(path)", "False", REPORT),

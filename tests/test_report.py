@@ -659,13 +659,13 @@ def test_a_whole_sweep_is_small_and_opens_quickly(browser, tmp_path, monkeypatch
     tries = []
     for _ in range(5):  # the fastest: the machine may be doing other things
         tries.append(opening(browser, path))
-        if tries[-1][0] < 2 and tries[-1][1] < 4:
+        if tries[-1][0] < 2 and tries[-1][1] < 6:
             break
     opened, drawn = min(tries)
     print(f"report of 8 x 10 runs: {size:.1f} MiB, made in {took:.0f} s; opens in {opened:.2f} s, chart after {drawn:.2f} s")
     assert size < 15
     assert opened < 2
-    assert drawn < 4
+    assert drawn < 6
     tab = Tab(browser, path)
     assert tab.all_drawn() == 7
     assert not tab.complaints
