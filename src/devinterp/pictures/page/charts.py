@@ -148,7 +148,7 @@ def responses() -> Any:
     alt = altair()
     y = alt.Y("component:N", sort=None, title="component", axis=alt.Axis(labelLimit=160))
     base = _base().encode(y=y, yOffset=alt.YOffset("observable:N", sort=None))
-    title = f"mean susceptibility (z-score; negative: expression), {TWO_ERRORS}"
+    title = ["mean susceptibility (z-score)", f"negative: expression; {TWO_ERRORS}"]
     tips = _tips(component="component", observable="observable", mean=("mean (z-score)", "+.3"), sem=("standard error", ".2"))
     bars = base.mark_bar(opacity=0.85).encode(
         x=alt.X("mean:Q", title=title, axis=alt.Axis(tickCount=8)), color=_series("observable")["color"], tooltip=tips
