@@ -288,6 +288,31 @@ def test_a_name_with_underscores_is_a_checkpoint_unless_its_weights_say_otherwis
     ]  # fmt: skip
 
 
+def test_a_sweep_brings_its_names_its_sampling_task_and_what_failed(tmp_path):
+    def gone():
+        raise OSError("no such checkpoint")
+
+    checkpoints = {"a_b": lambda: TinyLM(seed=1), "step_7": lambda: TinyLM(seed=2), "lost": gone}
+    with pytest.warns(UserWarning, match="lost"):
+        tree = devinterp.sweep(
+            checkpoints, DATA, OBSERVABLES, output_path=tmp_path / "sweep", weight_restrictions=RESTRICTIONS,
+            sampling_task="prose", **SETTINGS,
+        )  # fmt: skip
+    named = [(checkpoint, name) for checkpoint in ("a_b", "step_7") for name in ("full", "a", "b")]
+    for given in (tree, tmp_path / "sweep"):
+        values = values_of(devinterp.report(given, tmp_path / "r.html"))
+        assert [(run["checkpoint"], run["restriction"]) for run in values["runs"]] == named
+        assert values["responses"][0]["task"] == "prose"
+        assert "Left out: lost" in (tmp_path / "r.html").read_text("utf-8")
+    result = devinterp.compute_llc(tree)
+    for run in values["runs"]:
+        assert run["llc"] == float(result.llc_mean.sel(checkpoint=run["checkpoint"], restriction=run["restriction"]))
+    from devinterp import pictures
+
+    ax = pictures.plot_llc_over_checkpoints(result)
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["full", "a", "b"]
+
+
 def test_what_is_left_out_is_told(stores, tmp_path):
     shutil.copytree(stores / "step-10_full.zarr", tmp_path / "good")
     shutil.copytree(stores / "step-10_full.zarr", tmp_path / "running")

@@ -33,6 +33,10 @@ def tokenize(option: str, source: str, tokenizer: Any, column: str, split: str, 
     return made.select(range(min(len(made), sequences)))
 
 
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]
+
+
 def load_text(option: str, source: str, column: str, split: str) -> Any:
     from datasets import Dataset, load_dataset
 

@@ -37,9 +37,10 @@ def report(
     `compute_susceptibilities`, in five digits; influences between single tokens in hundredths.
 
     Args:
-        samples: one run (what `sample()` returned, or the path of its store); a folder of stores named as `susceptibilities`
-            names them, or a list of their paths; or a dict: checkpoint, or (checkpoint, restriction), -> run. Restrictions are
-            components; "full" is the whole model. All at one `n_beta`, `localization` and `llc_weight_decay`.
+        samples: one run (what `sample()` returned, or the path of its store); what `sweep()` returned, or its folder; a folder
+            of stores named as `susceptibilities` names them, or a list of their paths; or a dict: checkpoint, or (checkpoint,
+            restriction), -> run. Restrictions are components; "full" is the whole model. All at one `n_beta`, `localization`
+            and `llc_weight_decay`.
         output_path: the file. An earlier report there is replaced; any other file is refused.
         tokenizer: what has `decode(ids)`; None shows tokens by their numbers.
         sampling_task: with restrictions, the observable that holds sampling data, as in `compute_susceptibilities`. None =

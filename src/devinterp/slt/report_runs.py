@@ -13,7 +13,8 @@ import xarray as xr
 from devinterp.errors import DevinterpError, InputTypeError, InputValueError, StoreError, got, shown
 from devinterp.store.reader import metadata_of, n_beta_of, open_store
 from devinterp.store.samples import root_of, status_of_chains
-from devinterp.store.sweeps import FULL
+from devinterp.store.sweeps import FULL, is_sweep, tree_of
+from devinterp.store.sweeps import runs_of as sweep_runs
 
 LONGEST_NAME = 100
 
@@ -67,14 +68,16 @@ def runs_of(given: Any) -> Runs:
     """The runs that are meant.
 
     Args:
-        given: one run (a DataTree, its root dataset, the path of a store); a folder of stores, or a list of their paths; or a
-            dict: name of a checkpoint, or (checkpoint, restriction), -> run.
+        given: one run (a DataTree, its root dataset, the path of a store); a sweep, or its folder; a folder of stores, or a
+            list of their paths; or a dict: name of a checkpoint, or (checkpoint, restriction), -> run.
 
     Raises:
         DevinterpInputError: the runs have different settings, so that their LLCs cannot be compared; a name cannot be used.
         StoreError: there is no run that can be used.
     """
-    if isinstance(given, Mapping) and not isinstance(given, xr.Dataset | xr.DataTree):
+    if is_sweep(given):
+        found = _of_sweep(tree_of(given))
+    elif isinstance(given, Mapping) and not isinstance(given, xr.Dataset | xr.DataTree):
         found = _named(given)
     elif isinstance(given, list | tuple):
         found = _of_paths(given)
@@ -95,6 +98,15 @@ def _usable(samples: Any) -> xr.Dataset:
     status_of_chains(ds)  # refuses what is not finished
     n_beta_of(ds)
     return ds
+
+
+def _of_sweep(tree: xr.DataTree) -> Runs:
+    runs = tuple(
+        Run(checkpoint, restriction or FULL, _usable(ds))
+        for checkpoint, found in sweep_runs(tree).items()
+        for restriction, ds in found.items()
+    )
+    return Runs(runs, dict(tree.attrs["failed"]), tree.attrs["sampling_task"])
 
 
 def _named(given: Mapping[Any, Any]) -> Runs:
