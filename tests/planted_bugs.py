@@ -155,7 +155,7 @@ BUGS = [
     Bug("a status without meaning", "store/samples.py", "sorted(set(status) - set(range(len(STATUS_MEANINGS))))", "[]", ATTRIBUTES),
     Bug("other sizes gone on with", "store/runs.py", "if size != sizes.get(str(dim))", "if False", ATTRIBUTES),
     Bug("escapes in settings", "cli/printing.py", "if c.isprintable() or c", "if True or c", NAMES),
-    Bug("a path is a URL", "store/reader.py", "    return folder\n", "    return os.fspath(path)\n", NAMES),
+    Bug("a path is a URL", "store/reader.py", "return LocalStore(folder, read_only=True)", "return os.fspath(path)", NAMES),
     Bug("URLs made as folders", "store/writer.py", ":(//|:)", ":(//////|::::)", NAMES),
     Bug("observables by their own name", "engine/observables.py", "    return mapped\n", "    return name\n", NAMES),
     Bug("restrictions with slashes", "slt/weight_restrictions.py", 'or "/" in name', "", NAMES),

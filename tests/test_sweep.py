@@ -23,6 +23,7 @@ from torch import nn
 
 import devinterp
 from devinterp.engine.origin import Pretrained
+from devinterp.engine.placement import threads
 from devinterp.engine.progress import Part, Progress
 from devinterp.errors import (
     ChainsUnusable,
@@ -346,7 +347,8 @@ devinterp.sweep(CHECKPOINTS, DATA, OBSERVABLES, output_path=sys.argv[1], **SUITE
 
 def test_killed_anywhere_and_asked_again_it_has_the_bytes_of_an_uninterrupted_one(tmp_path):
     whole = SUITE | {"num_draws": 60, "checkpoint_every": 0}
-    devinterp.sweep(CHECKPOINTS, DATA, OBSERVABLES, output_path=tmp_path / "whole", **whole)
+    with threads(1):
+        devinterp.sweep(CHECKPOINTS, DATA, OBSERVABLES, output_path=tmp_path / "whole", **whole)
     killed = subprocess.Popen(
         [sys.executable, "-c", SCRIPT.format(path=[str(Path(__file__).parent), *sys.path]), tmp_path / "s"]
     )
@@ -358,7 +360,8 @@ def test_killed_anywhere_and_asked_again_it_has_the_bytes_of_an_uninterrupted_on
     killed.send_signal(signal.SIGKILL)
     assert killed.wait() == -signal.SIGKILL
     assert devinterp.open_sweep(tmp_path / "s").attrs["failed"]["step10"] == "it has not begun"
-    tree = devinterp.sweep(CHECKPOINTS, DATA, OBSERVABLES, output_path=tmp_path / "s", **whole)
+    with threads(1):
+        tree = devinterp.sweep(CHECKPOINTS, DATA, OBSERVABLES, output_path=tmp_path / "s", **whole)
     assert tree.attrs["failed"] == {}
     for name in CHECKPOINTS:
         for restriction in RESTRICTIONS:
