@@ -71,8 +71,8 @@ def runs() -> Iterator[tuple[str, Made]]:
         yield "lr too large", on_quadratic(40, lr=lr, sampling_method=SGLD)
     for lr in (0.1, 0.12, 0.14):
         yield "lr too large", on_quadratic(40, lr=lr)
-    for lr in (0.3, 0.5, 1.0, 3.0):
-        yield "diverged", on_loss(torch.ones(5), lambda w: w.pow(4).sum(), lr=lr)
+    for lr, localization in ((0.3, 5.0), (0.5, 5.0), (1.0, 1.0), (3.0, 0.1)):
+        yield "diverged", on_loss(torch.ones(5), lambda w: w.pow(4).sum(), lr=lr, localization=localization)
     for lr, draws in ((0.01, 200), (0.003, 400), (0.05, 200), (0.01, 1000)):
         flat = lambda w: (w[0] * w[1]).square() + 0.01 * w[2:].square().sum()  # noqa: E731
         yield (
