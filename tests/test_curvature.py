@@ -121,6 +121,8 @@ def test_traces_of_a_quadratic_and_of_what_is_not():
     """Exact where all directions are alike; otherwise right on average over seeds."""
     plan = plan_of(Weights(torch.zeros(30)), rows(8), quadratic(7.0), batch_size=4)
     assert spectrum(plan, None, [plan.batches.micro(0, 0)]).trace == pytest.approx(7.0 * 30, rel=1e-3)
+    plan = plan_of(Weights(torch.zeros(30)), rows(8), quadratic(-7.0), batch_size=4)
+    assert spectrum(plan, None, [plan.batches.micro(0, 0)]).trace == pytest.approx(-7.0 * 30, rel=1e-3)
     matrix, found = torch.diag(torch.tensor([40.0, 4.0, 1.0, 0.0])), []
     for seed in range(400):
         plan = plan_of(Weights(torch.zeros(4)), rows(4), matrix_loss(matrix), init_seed=seed)

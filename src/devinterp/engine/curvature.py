@@ -191,11 +191,11 @@ def spectrum(plan: Plan, weights: Tensor | None, batches: list[Batch], iteration
     """
     curvature, posterior = Curvature(plan, weights, batches), Posterior.of(plan.settings)
     largest = curvature.dominant(iterations)
+    trace = curvature.first_quotient * plan.selection.size
     if largest < 0:  # the eigenvalues shifted by it lie close together: no early stop
         largest = max(0.0, largest + curvature.dominant(2 * iterations, shift=largest, converged=0.0))
     if plan.metric is not None:
         return Spectrum(largest)
-    trace = curvature.first_quotient * plan.selection.size
     return Spectrum(posterior.n_beta * largest + posterior.prior_precision, largest, trace)
 
 

@@ -77,7 +77,8 @@ def calibrate(
         param_masks: of one restriction as `sample` takes them; or restriction's name -> masks, None or "l0h1", as
             `susceptibilities` takes them: each is tried on each model.
         n_beta: None = `default_nbeta(batch_size)`. It is part of the question, like `localization`.
-        localization: what to try, per squared weight; None = from 10 n_beta h_max downwards, each a tenth.
+        localization: what to try, per squared weight; None = from 10 n_beta h_max downwards, each a tenth, and where the next
+            would not settle in time, the weakest that does.
         batch_size: sequences per step.
         accuracy: relative standard error of the LLC that `num_draws` aims at.
         max_steps: of a pilot's burn-in; the pilot is five times as long.
@@ -109,6 +110,10 @@ def calibrate(
         if not tried[-1].works and any(one.works for one in tried):
             break  # weaker ones go further still
     if any(one.works for one in tried):
+        weakest = pilots.weakest_to_settle(tried[-1])
+        if localization is None and tried[-1].localization < weakest < _taken(tried).localization:
+            tried.append(pilots.at(weakest))
+            logger.info("%s", tried[-1])
         return _chosen(pilots, tried, accuracy)
     listed = "\n".join(f"  - {one}" for one in tried)
     raise DevinterpError(
@@ -117,7 +122,7 @@ def calibrate(
 
 
 def _taken(tried: list[Tried]) -> Tried:
-    return [one for one in tried if one.works][-1]
+    return min((one for one in tried if one.works), key=lambda one: one.localization)
 
 
 def _chosen(pilots: Pilots, tried: list[Tried], accuracy: float) -> Calibration:
@@ -139,7 +144,7 @@ def _chosen(pilots: Pilots, tried: list[Tried], accuracy: float) -> Calibration:
 
 
 def _table(pilots: Pilots, tried: list[Tried]) -> xr.Dataset:
-    names = list(pilots.cases)
+    names, tried = list(pilots.cases), sorted(tried, key=lambda one: -one.localization)
     measured = ("lr", "h_max_checkpoint", "h_max_pilot", "trace_checkpoint", "trace_pilot")
     found = ("llc", "llc_sem", "excess", "loss", "rhat")
 

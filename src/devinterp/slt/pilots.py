@@ -93,6 +93,11 @@ class Pilots:
                 break
         return tried
 
+    def weakest_to_settle(self, tried: Tried) -> float:
+        """The localization at which chains of this lr settle within `max_steps`, with a tenth to spare."""
+        relaxed = 1 - SETTLED ** (1 / (2 * self.max_steps))
+        return float(f"{1.1 * 2 * relaxed / tried.lr:.1e}")
+
     def _at(self, localization: float, step_sizes: dict[str, dict[str, Any]], lr: float) -> Tried:
         """Settled, then local, then healthy: the first that fails ends it."""
         burn_in, rows = settling_steps(lr, localization), {}
