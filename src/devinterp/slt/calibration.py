@@ -81,7 +81,7 @@ def calibrate(
             would not settle in time, the weakest that does.
         batch_size: sequences per step.
         accuracy: relative standard error of the LLC that `num_draws` aims at.
-        max_steps: of a pilot's burn-in; the pilot is five times as long.
+        max_steps: of a pilot's burn-in; the pilot is three times as long.
         largest_excess: rise of the loss that still counts as local, in nats; None = a tenth of the checkpoint's loss (no
             limit where that is below 0.001).
         progress: show the pilots' bars.
