@@ -47,6 +47,27 @@ def test_the_weakest_localization_that_settles_is_taken_and_gives_the_exact_valu
     assert "not localization 0.08: flat directions settle in" in text
 
 
+def test_a_pilot_that_looks_sick_gets_another_look(monkeypatch):
+    """Each first look is taken for sick: the same localization is chosen as when none is."""
+    model, data, looks = Weights(torch.zeros(40)), rows(20), []
+    settings = {"loss_fn": stiff_and_flat, "localization": [8.0], "num_init_loss_batches": 1, **SHORT}
+
+    def look(samples):
+        found = devinterp.diagnose(samples)
+        looks.append(samples.attrs["metadata"]["config"]["sampler"] | {"mean": float(found.llc_mean)})
+        return found.assign(verdict=("chain", ["spiky"] * 4)) if len(looks) in sick else found
+
+    monkeypatch.setattr("devinterp.slt.pilots.diagnose", look)
+    sick: set[int] = {1}
+    assert devinterp.calibrate(model, data, **settings).settings["localization"] == 8.0
+    first, second = looks
+    assert second["num_draws"] == 2 * first["num_draws"]
+    assert second["mean"] != first["mean"], "other chains"
+    sick, looks[:] = set(range(10)), []
+    with pytest.raises(DevinterpError, match="localization 8: spiky"):
+        devinterp.calibrate(model, data, **settings)
+
+
 def test_settling_steps_leave_what_they_say():
     steps = settling_steps(0.001, 20.0)
     assert (1 - 0.001 * 20 / 2) ** (2 * steps) <= 0.01 < (1 - 0.001 * 20 / 2) ** (2 * steps - 2)

@@ -77,7 +77,7 @@ class Run:
             chain: Judgement("too little signal", "its loss does not change", "a larger lr, or lr='auto'") for chain in still
         }
         error = standard_error(self.trace)
-        if abs(self.level) < SURE * error and not Change.of(self.trace).is_sure:
+        if abs(self.level) < SURE * error and not Change.of(self.trace).is_sure and not self._apart():
             reason = f"the LLC is {self.level:.3g} with a standard error of {error:.2g}"
             weak = Judgement("too little signal", reason, "more draws, larger batches, or a larger n_beta")
             found = self._of_all(weak) | found

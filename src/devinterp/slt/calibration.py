@@ -11,7 +11,7 @@ from torch import nn
 
 from devinterp.engine.settings import integer, number
 from devinterp.errors import DevinterpError, InputTypeError, got
-from devinterp.slt.pilots import PILOT_CHAINS, PILOT_DRAWS, SETTLED, Pilots, Tried, batch_noise, candidates, cases_of
+from devinterp.slt.pilots import PILOT_CHAINS, SETTLED, Pilots, Tried, batch_noise, candidates, cases_of
 from devinterp.utils import default_nbeta
 
 if TYPE_CHECKING:
@@ -127,10 +127,10 @@ def _taken(tried: list[Tried]) -> Tried:
 
 def _chosen(pilots: Pilots, tried: list[Tried], accuracy: float) -> Calibration:
     taken = _taken(tried)
-    relative = max(row["llc_sem"] / row["llc"] for row in taken.rows.values())
-    every = int(max(row["steps_bw_draws"] for row in taken.rows.values()))
+    rows = taken.rows.values()
+    relative, every = max(row["llc_sem"] / row["llc"] for row in rows), int(max(row["steps_bw_draws"] for row in rows))
     # draws that lie `every` steps apart hold as much as all the pilot's in between
-    wanted = math.ceil(PILOT_DRAWS * (relative / accuracy) ** 2 * min(row["every"] for row in taken.rows.values()) / every)
+    wanted = math.ceil(max(row["steps"] * (row["llc_sem"] / row["llc"] / accuracy) ** 2 for row in rows) / every)
     settings = {
         **{name: value for name, value in pilots.fixed.items() if name != "progress"},
         "lr": taken.lr, "localization": taken.localization, "num_burnin_steps": taken.burn_in, "num_chains": PILOT_CHAINS,
