@@ -42,9 +42,6 @@ from devinterp.analysis.uncertainty import standard_error  # noqa: E402
 CACHE = ROOT / "build" / "known_llc.jsonl"
 N_BETA, N_BETA_SINGULAR = 1000.0, 100.0
 """The smaller n_beta, the fewer steps settle a localization that is as weak beside it"""
-REGULAR_STEPS, MAX_STEPS, FEWER_STEPS, LARGE = 1_000, 5_000, 2_000, 10_000
-"""of a pilot's burn-in: `calibrate`'s default for regular models; more for singular ones, whose LLC depends on localization most,
-but for networks of more weights than LARGE, whose steps cost ten times as much"""
 Exact = Callable[[float], tuple[float, float]]
 """the LLC at this localization, and the error that it is known with"""
 
@@ -59,7 +56,6 @@ class Case:
     coefficient: float
     """lambda: without localization, at infinite n_beta"""
     multiplicity: int = 1
-    max_steps: int = REGULAR_STEPS
     n_beta: float = N_BETA
 
 
@@ -165,13 +161,11 @@ def measure(kind: str, number: int) -> dict[str, Any]:
     torch.set_num_threads(1)
     case, started = list(KINDS[kind]())[number], time.time()
     model, data, loss_fn = case.make()
-    fixed = {"loss_fn": loss_fn, "num_init_loss_batches": 1, "chains_together": "vmap", "shuffle": False}
+    fixed = {"loss_fn": loss_fn, "num_init_loss_batches": 1, "chains_together": "vmap"}
     fixed["largest_excess"] = math.inf  # a rise of any size is local: these losses have no other minimum
-    row = {"case": f"{case.kind}: {case.name}", "max_steps": case.max_steps, "n_beta": case.n_beta}
+    row = {"case": f"{case.kind}: {case.name}", "n_beta": case.n_beta}
     try:
-        found = devinterp.calibrate(
-            model, data, n_beta=case.n_beta, batch_size=len(data), max_steps=case.max_steps, progress=False, **fixed
-        )
+        found = devinterp.calibrate(model, data, n_beta=case.n_beta, batch_size=len(data), progress=False, **fixed)
         calibrated = time.time()
         samples = devinterp.sample(model, data, {}, progress=False, **found.settings)
         result, diagnosis = devinterp.compute_llc(samples), devinterp.diagnose(samples)
@@ -200,9 +194,225 @@ def main() -> None:
     CACHE.touch()
     kinds = [chosen.only] if chosen.only else list(KINDS)
     cases = [(kind, number, case) for kind in kinds for number, case in enumerate(KINDS[kind]())]
-    wanted = {f"{case.kind}: {case.name}": (case.max_steps, case.n_beta) for _, _, case in cases}
+    wanted = {f"{case.kind}: {case.name}": case.n_beta for _, _, case in cases}
     kept = {row["case"]: row for row in map(json.loads, CACHE.read_text().splitlines())}
-    kept = {name: row for name, row in kept.items() if wanted.get(name) == (row["max_steps"], row["n_beta"])}
+    kept = {name: row for name, row in kept.items() if wanted.get(name) == row["n_beta"]}
+    left = [] if chosen.report else [each for each in cases if f"{each[2].kind}: {each[2].name}" not in kept]
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+        for row in pool.map(measure, [kind for kind, _, _ in left], [number for _, number, _ in left]):
+            with CACHE.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            kept[row["case"]] = row
+            print(row, flush=True)
+    if not chosen.only:
+        text = report([case for _, _, case in cases], kept)
+        print(text)
+        (ROOT / "docs" / "accuracy.md").write_text(text)
+
+
+HEAD = f"""# Accuracy
+
+How far measured LLCs are from known ones. `python benchmarks/known_llc.py`, {{date}}, {{machine}}. The settings are those that
+`calibrate` finds by default with `n_beta={N_BETA:g}` for quadratics and regression and `n_beta={N_BETA_SINGULAR:g}` for the others;
+nothing is tuned by hand.
+
+python benchmarks/known_llc.py [--only KIND] [--fresh]        (about an hour on two idle cores; writes docs/accuracy.md)
+
+Quadratics, regression, reduced rank regression and deep linear networks at their deepest point, normal crossings. All in full
+batches, so that the sampler alone is on trial. Each row is kept in build/known_llc.jsonl, so a run that was cut off goes on.
+"""
+
+import argparse
+import datetime
+import itertools
+import json
+import math
+import os
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import numpy as np
+import torch
+from demo_checkpoint import machine
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "tests"))
+
+from cases import DeepLinear, Weights, by_row, curved, rows  # noqa: E402
+from linear_networks import energies  # noqa: E402
+from targets import crossing_llc, deep_linear_llc, quadratic_llc  # noqa: E402
+
+import devinterp  # noqa: E402
+from devinterp.analysis.uncertainty import standard_error  # noqa: E402
+
+CACHE = ROOT / "build" / "known_llc.jsonl"
+N_BETA, N_BETA_SINGULAR = 1000.0, 100.0
+"""The smaller n_beta, the fewer steps settle a localization that is as weak beside it"""
+Exact = Callable[[float], tuple[float, float]]
+"""the LLC at this localization, and the error that it is known with"""
+
+
+@dataclass(frozen=True)
+class Case:
+    kind: str
+    name: str
+    make: Callable[[], tuple[torch.nn.Module, Any, Any]]
+    """model, dataset, loss function"""
+    exact: Exact
+    coefficient: float
+    """lambda: without localization, at infinite n_beta"""
+    multiplicity: int = 1
+    n_beta: float = N_BETA
+
+
+def quadratics() -> Iterator[Case]:
+    for dimension, spread in itertools.product((3, 10, 100, 1000), (0, 2)):
+        h = torch.logspace(-spread / 2, spread / 2, dimension)
+
+        def make(h=h):
+            return Weights(torch.zeros(len(h))), rows(8), curved(h)
+
+        name = f"d = {dimension}, h within a factor of {10**spread}"
+        yield Case("quadratic", name, make, lambda gamma, h=h: (quadratic_llc(h.tolist(), N_BETA, gamma), 0.0), dimension / 2)
+
+
+def regressions() -> Iterator[Case]:
+    """Linear regression on real data, each column scaled: curvatures are the eigenvalues of the correlations."""
+    from sklearn.datasets import load_breast_cancer, load_diabetes, load_wine
+
+    for load in (load_diabetes, load_wine, load_breast_cancer):
+        x, y = load(return_X_y=True)
+        x = (x - x.mean(0)) / x.std(0)
+        x, y = torch.tensor(x, dtype=torch.float32), torch.tensor((y - y.mean()) / y.std(), dtype=torch.float32)
+        solution = torch.linalg.lstsq(x.double(), y.double()).solution.float()
+        h = torch.linalg.eigvalsh(x.T.double() @ x.double() / len(x)).tolist()
+
+        def make(x=x, y=y, solution=solution):
+            loss = lambda model, ids: 0.5 * (x[ids[:, 0]] @ model.w - y[ids[:, 0]]).square()[:, None]  # noqa: E731
+            return Weights(solution), rows(len(x)), loss
+
+        name = f"{load.__name__[5:]}, {x.shape[1]} weights"
+        yield Case("regression", name, make, lambda gamma, h=h: (quadratic_llc(h, N_BETA, gamma), 0.0), x.shape[1] / 2)
+
+
+def linear_network(kind: str, widths: tuple[int, ...], rank: int) -> Case:
+    coefficient, multiplicity = deep_linear_llc(widths, rank)
+    weights = sum(a * b for a, b in itertools.pairwise(widths))
+
+    def make():
+        return DeepLinear(widths, rank), rows(widths[0]), by_row
+
+    def exact(gamma: float) -> tuple[float, float]:
+        sweeps = max(80, min(4000, 4_000_000 // (weights * max(widths))))
+        found = energies(widths, rank, N_BETA_SINGULAR, gamma, sweeps=sweeps, burn_in=sweeps // 4)
+        return float(found.mean()), standard_error(found)
+
+    name = f"{'-'.join(map(str, widths))}, rank {rank}"
+    if kind.startswith("deep"):
+        name += f", {weights} weights"
+    return Case(
+        kind, name, make, exact, coefficient, multiplicity, FEWER_STEPS if weights > LARGE else MAX_STEPS, N_BETA_SINGULAR
+    )
+
+
+def reduced_rank() -> Iterator[Case]:
+    """From both sides of each case of Aoyagi & Watanabe (2005)."""
+    for widths, rank in (
+        ((6, 4, 7), 2), ((6, 4, 7), 3), ((9, 9, 9), 3), ((8, 6, 8), 2), ((5, 3, 5), 1), ((4, 3, 4), 1),
+        ((3, 2, 9), 1), ((3, 2, 9), 2), ((9, 2, 3), 1), ((9, 2, 3), 2), ((3, 9, 3), 1), ((4, 12, 3), 2), ((10, 10, 10), 4),
+    ):  # fmt: skip
+        yield linear_network("reduced rank regression", widths, rank)
+
+
+def deep_linear() -> Iterator[Case]:
+    """20 random ones, of 2 to 6 layers and up to 1e5 weights, and those of multiplicity above 1 that tests have."""
+    rng = np.random.default_rng(0)
+    for number in range(20):
+        layers, largest = 2 + number % 5, (8, 16, 32, 160)[min(3, number // 6)]
+        widths = tuple(int(width) for width in rng.integers(max(3, largest // 2), largest + 1, layers + 1))
+        yield linear_network("deep linear network", widths, int(rng.integers(1, min(widths))))
+    for widths, rank in (((8, 6, 6, 8), 3), ((5, 4, 4, 5), 1), ((6, 5, 5, 5, 6), 2)):
+        yield linear_network("deep linear network", widths, rank)
+
+
+def crossings() -> Iterator[Case]:
+    """Products of even powers, integrated numerically with the localization that was taken."""
+    for powers in ((2,), (3,), (1, 1), (1, 2), (2, 2), (1, 1, 1)):
+
+        def make(powers=powers):
+            def loss(model, ids):
+                return math.prod(model.w[i] ** (2 * k) for i, k in enumerate(powers)).expand(len(ids), 1)
+
+            return Weights(torch.zeros(len(powers))), rows(8), loss
+
+        name = " ".join(f"w{i + 1}^{2 * k}" for i, k in enumerate(powers))
+        exact = lambda gamma, powers=powers: (crossing_llc(powers, N_BETA_SINGULAR, gamma), 0.0)  # noqa: E731
+        yield Case(
+            "normal crossing", name, make, exact, 1 / (2 * max(powers)), powers.count(max(powers)), MAX_STEPS, N_BETA_SINGULAR
+        )
+
+
+KINDS = {
+    "quadratic": quadratics,
+    "regression": regressions,
+    "crossing": crossings,
+    "reduced": reduced_rank,
+    "deep": deep_linear,
+}
+
+
+def measure(kind: str, number: int) -> dict[str, Any]:
+    """In a process of its own: calibrate, then sample."""
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    case, started = list(KINDS[kind]())[number], time.time()
+    model, data, loss_fn = case.make()
+    fixed = {"loss_fn": loss_fn, "num_init_loss_batches": 1, "chains_together": "vmap"}
+    fixed["largest_excess"] = math.inf  # a rise of any size is local: these losses have no other minimum
+    row = {"case": f"{case.kind}: {case.name}", "n_beta": case.n_beta}
+    try:
+        found = devinterp.calibrate(model, data, n_beta=case.n_beta, batch_size=len(data), progress=False, **fixed)
+        calibrated = time.time()
+        samples = devinterp.sample(model, data, {}, progress=False, **found.settings)
+        result, diagnosis = devinterp.compute_llc(samples), devinterp.diagnose(samples)
+    except devinterp.errors.DevinterpError as error:
+        return row | {"error": str(error)}
+    sampled, gamma = time.time(), found.settings["localization"]
+    truth, truth_error = case.exact(gamma)
+    steps = found.settings["num_burnin_steps"] + found.settings["num_draws"] * found.settings["num_steps_bw_draws"]
+    return row | {
+        "truth": truth, "truth_error": truth_error, "llc": float(result.llc_mean), "sem": float(result.llc_sem), "gamma": gamma,
+        "lr": found.settings["lr"], "steps": steps, "seconds": [calibrated - started, sampled - calibrated],
+        "left": [f"{one:g}: {fault}" for one, fault in zip(found.table.localization.values, found.table.fault.values, strict=True)],
+        "verdict": ", ".join(sorted(set(diagnosis.verdict.values.tolist()))),
+    }  # fmt: skip
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser()
+    arguments.add_argument("--fresh", action="store_true", help="measure again what is kept")
+    arguments.add_argument("--only", choices=KINDS, help="one kind; writes no report")
+    arguments.add_argument("--report", action="store_true", help="measure nothing; report what is kept")
+    chosen = arguments.parse_args()
+    if chosen.fresh:
+        CACHE.unlink(missing_ok=True)
+    CACHE.parent.mkdir(exist_ok=True)
+    CACHE.touch()
+    kinds = [chosen.only] if chosen.only else list(KINDS)
+    cases = [(kind, number, case) for kind in kinds for number, case in enumerate(KINDS[kind]())]
+    wanted = {f"{case.kind}: {case.name}": case.n_beta for _, _, case in cases}
+    kept = {row["case"]: row for row in map(json.loads, CACHE.read_text().splitlines())}
+    kept = {name: row for name, row in kept.items() if wanted.get(name) == row["n_beta"]}
     left = [] if chosen.report else [each for each in cases if f"{each[2].kind}: {each[2].name}" not in kept]
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
         for row in pool.map(measure, [kind for kind, _, _ in left], [number for _, number, _ in left]):

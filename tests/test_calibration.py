@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from cases import TinyLM, Weights, plan_of, quadratic, random_tokens, rows
+from cases import DeepLinear, TinyLM, Weights, by_row, plan_of, quadratic, random_tokens, rows
 from checks import LIMIT
 from targets import quadratic_llc
 from zoo import tiny_model
@@ -13,7 +13,7 @@ from zoo import tiny_model
 import devinterp
 from devinterp.engine.curvature import gradient_noise
 from devinterp.errors import DevinterpError
-from devinterp.slt.pilots import cases_of, settling_steps
+from devinterp.slt.pilots import Pilots, cases_of, settling_steps
 
 H = [8.0] * 5 + [2.0] * 35
 SHORT = {"n_beta": 10.0, "batch_size": 4, "progress": False}
@@ -66,6 +66,17 @@ def test_a_pilot_that_looks_sick_gets_another_look(monkeypatch):
     sick, looks[:] = set(range(10)), []
     with pytest.raises(DevinterpError, match="localization 8: spiky"):
         devinterp.calibrate(model, data, **settings)
+
+
+def test_step_sizes_see_curvature_that_grows_all_through_the_burn_in():
+    """Of a deep linear network at its deepest point: the flat directions, in which it grows, take thousands of steps."""
+    model, data = DeepLinear((4, 3, 4), 1), rows(4)
+    fixed = {"n_beta": 100.0, "batch_size": 4, "loss_fn": by_row, "sampling_method": "leimkuhler_matthews", "progress": False}
+    pilots = Pilots({"model": (model, None)}, data, fixed, max_steps=1000, largest_excess=None)
+    short, settled = pilots.step_size("model", 0.5), pilots.step_size_settled("model", 0.5)
+    assert short["pilot_steps"] == 100 < settled["pilot_steps"] <= 1000
+    assert settled["h_max_pilot"] > 1.3 * short["h_max_pilot"]
+    assert settled["lr"] < short["lr"]
 
 
 def test_settling_steps_leave_what_they_say():

@@ -5,7 +5,7 @@ import torch
 from cases import TinyLM, Weights, plan_of, quadratic, random_tokens, rows
 
 import devinterp
-from devinterp.engine.curvature import Curvature, choose_step_size, spectrum
+from devinterp.engine.curvature import Curvature, Spectrum, choose_step_size, spectrum
 
 
 def matrix_loss(matrix):
@@ -81,6 +81,24 @@ def test_auto_sees_curvature_that_grows_away_from_the_checkpoint():
     assert step_size.h_max_checkpoint < 0.01
     assert step_size.h_max_pilot > 0.5
     assert step_size.lr < 1 / 500
+
+
+def test_few_directions_are_looked_at_from_more_chains(monkeypatch):
+    """In one dimension the curvature where two chains end says little of where others go."""
+    looked = []
+
+    def pilot(plan, chain, lr, batches):
+        looked.append(chain)
+        return Spectrum(1.0 + chain, 1.0, 1.0), lr, 20
+
+    monkeypatch.setattr("devinterp.engine.curvature.pilot", pilot)
+    for size, chains in ((1, 16), (10, 4), (16, 2), (1000, 2)):
+        plan = plan_of(Weights(torch.zeros(size)), rows(4), quadratic(1e-3), lr="auto", localization=1.0,
+                       sampling_method="leimkuhler_matthews")  # fmt: skip
+        with plan.checkpoint.ready():
+            assert choose_step_size(plan).lr == pytest.approx(1 / chains)
+        assert looked == list(range(chains))
+        looked.clear()
 
 
 def test_auto_depends_on_neither_the_number_of_chains_nor_of_draws():
