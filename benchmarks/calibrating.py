@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Con
 import devinterp
 
 CACHE = ROOT / "build" / "calibrating.jsonl"
-GIVEN = {"n_beta": 30.0, "batch_size": 16}
+GIVEN = {"n_beta": 30.0, "batch_size": 16, "chains_together": "sequential"}
 TRAINING_STEPS = 400
 SMALL = {"vocab_size": 1024, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 192,
          "max_position_embeddings": 64}  # fmt: skip
