@@ -183,6 +183,7 @@ def main() -> None:
     arguments.add_argument("--fresh", action="store_true", help="measure again what is kept")
     arguments.add_argument("--only", choices=KINDS, help="one kind; writes no report")
     arguments.add_argument("--report", action="store_true", help="measure nothing; report what is kept")
+    arguments.add_argument("--processes", type=int, default=2)
     chosen = arguments.parse_args()
     if chosen.fresh:
         CACHE.unlink(missing_ok=True)
@@ -194,7 +195,7 @@ def main() -> None:
     kept = {row["case"]: row for row in map(json.loads, CACHE.read_text().splitlines())}
     kept = {name: row for name, row in kept.items() if wanted.get(name) == row["n_beta"]}
     left = [] if chosen.report else [each for each in cases if f"{each[2].kind}: {each[2].name}" not in kept]
-    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(chosen.processes, mp_context=get_context("spawn")) as pool:
         for row in pool.map(measure, [kind for kind, _, _ in left], [number for _, number, _ in left]):
             with CACHE.open("a") as file:
                 file.write(json.dumps(row) + "\n")

@@ -234,7 +234,7 @@ BUGS = [
         f"{CALIBRATION}::test_settling_steps_leave_what_they_say"),
     Bug("sick at the first look", "slt/pilots.py", 'if row["verdict"] in ("healthy", "diverged") or', "if True or",
         f"{CALIBRATION}::test_a_pilot_that_looks_sick_gets_another_look"),
-    Bug("the weakest localization not tried", "slt/calibration.py", "tried[-1].localization < weakest < ", "weakest < 0 < ",
+    Bug("the weakest localization not tried", "slt/calibration.py", "if last.works or not last", "if True or not last",
         f"{CALIBRATION}::test_the_weakest_localization_that_settles_is_taken_and_gives_the_exact_value"),
     Bug("step sizes from short pilots", "slt/pilots.py", "if burn_in > SHORT_PILOT else found", "if False else found",
         f"{CALIBRATION}::test_step_sizes_see_curvature_that_grows_all_through_the_burn_in"),

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger("devinterp")
 
 FEWEST_DRAWS, MOST_DRAWS = 50, 5000
+MOST_BETWEEN = 3
+"""Localizations tried between the last of the ladder that works and the next"""
 METHOD = "leimkuhler_matthews"
 
 
@@ -109,16 +111,25 @@ def calibrate(
         logger.info("%s", tried[-1])
         if not tried[-1].works and any(one.works for one in tried):
             break  # weaker ones go further still
-    if any(one.works for one in tried):
-        weakest = pilots.weakest_to_settle(tried[-1])
-        if localization is None and tried[-1].localization < weakest < _taken(tried).localization:
-            tried.append(pilots.at(weakest))
-            logger.info("%s", tried[-1])
-        return _chosen(pilots, tried, accuracy)
-    listed = "\n".join(f"  - {one}" for one in tried)
-    raise DevinterpError(
-        f"no localization works:\n{listed}\nTry others, a larger max_steps or largest_excess, or larger batches."
-    )
+    if not any(one.works for one in tried):
+        listed = "\n".join(f"  - {one}" for one in tried)
+        raise DevinterpError(
+            f"no localization works:\n{listed}\nTry others, a larger max_steps or largest_excess, or larger batches."
+        )
+    if localization is None:
+        tried += _weakest_to_settle(pilots, tried)
+    return _chosen(pilots, tried, accuracy)
+
+
+def _weakest_to_settle(pilots: Pilots, tried: list[Tried]) -> Iterator[Tried]:
+    """Between the last that works and the next, where that would not settle in time. Curvature is measured anew at each."""
+    last, strong = tried[-1], _taken(tried).localization
+    for _ in range(MOST_BETWEEN):
+        if last.works or not last.localization < (between := pilots.weakest_to_settle(last)) < strong:
+            return
+        last = pilots.at(between)
+        logger.info("%s", last)
+        yield last
 
 
 def _taken(tried: list[Tried]) -> Tried:
