@@ -239,7 +239,7 @@ BUGS = [
     Bug("step sizes from short pilots", "slt/pilots.py", "if burn_in > SHORT_PILOT else found", "if False else found",
         f"{CALIBRATION}::test_step_sizes_see_curvature_that_grows_all_through_the_burn_in"),
     Bug("two chains where there are few directions", "engine/curvature.py", "math.ceil(PILOT_DIRECTIONS / plan.selection.size)", "0", "tests/test_curvature.py"),
-    Bug("disagreement taken for noise", "analysis/verdicts.py", " and not self._apart()", "", DIAGNOSIS),
+    Bug("disagreement taken for noise", "analysis/verdicts.py", ".is_sure and not alone:", ".is_sure:", DIAGNOSIS),
     Bug("workers started where none may be", "engine/dispatch.py", "if multiprocessing.current_process().daemon:", "if False:", PLACE),
     Bug("the first token predicted from padding", OBJECTIVE, ", attended[:, : self.positions].bool()]", "]", MASKS),
     Bug("positions of tokens moved by padding", OBJECTIVE, "(attended.cumsum(1) - 1).clamp(min=0)", "torch.ones_like(attended).cumsum(1) - 1", MASKS),
