@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo test test-slow test-crashes test-oldest lint planted-bugs figures bench clean
+.PHONY: help demo test test-slow test-crashes test-oldest lint planted-bugs figures truth bench clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /\1\t/' | expand -t 16
@@ -43,6 +43,12 @@ figures: .venv/.installed  ## step sizes and peak memory on the demo's last chec
 	$(BIN)/python benchmarks/step_size.py
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/durability.py
+
+truth: .venv/.installed  ## LLCs and error bars with known answers, verdicts, calibration (after make demo; about an hour and a half)
+	$(BIN)/python benchmarks/known_llc.py
+	$(BIN)/python benchmarks/coverage.py
+	$(BIN)/python benchmarks/verdicts.py
+	$(BIN)/python benchmarks/calibrating.py
 
 .venv-peer/.installed: constraints.txt
 	test -x .venv-peer/bin/python || $(PYTHON) -m venv .venv-peer

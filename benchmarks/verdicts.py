@@ -1,6 +1,8 @@
 """Runs made good and bad on purpose, and what `diagnose` says of each: a confusion table.
 
-python benchmarks/verdicts.py        (after `make demo`; about 5 minutes; writes to benchmarks/RESULTS.md)
+python benchmarks/verdicts.py [LABEL ...]       (after `make demo`; about 5 minutes; writes to benchmarks/RESULTS.md)
+
+With labels only those runs are made, and nothing is written.
 """
 
 import datetime
@@ -14,12 +16,14 @@ from typing import Any
 
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import numpy as np
 import torch
+from datasets import Dataset
 from demo_checkpoint import load, machine, record
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
-from cases import TinyLM, Weights, quadratic, random_tokens, rows
+from cases import TinyLM, Weights, quadratic, rows
 
 import devinterp
 
@@ -71,8 +75,8 @@ def runs() -> Iterator[tuple[str, Made]]:
         yield "lr too large", on_quadratic(40, lr=lr, sampling_method=SGLD)
     for lr in (0.1, 0.12, 0.14):
         yield "lr too large", on_quadratic(40, lr=lr)
-    for lr in (0.3, 0.5, 1.0, 3.0):
-        yield "diverged", on_loss(torch.ones(5), lambda w: w.pow(4).sum(), lr=lr)
+    for lr, localization in ((0.3, 5.0), (0.5, 5.0), (1.0, 1.0), (3.0, 0.1)):
+        yield "diverged", on_loss(torch.ones(5), lambda w: w.pow(4).sum(), lr=lr, localization=localization)
     for lr, draws in ((0.01, 200), (0.003, 400), (0.05, 200), (0.01, 1000)):
         flat = lambda w: (w[0] * w[1]).square() + 0.01 * w[2:].square().sum()  # noqa: E731
         yield (
@@ -90,18 +94,21 @@ def runs() -> Iterator[tuple[str, Made]]:
     for lr in (1e-12, 1e-9, 1e-7, 1e-6):
         yield "does not move", on_quadratic(20, lr=lr, num_burnin_steps=0)
         yield "does not move", (model, data, OF_DEMO | {"lr": lr / 1000, "num_draws": 30})
-    for power, lr in ((4, 0.03), (4, 0.05), (6, 0.02), (6, 0.05)):
-        yield (
-            "spikes",
-            on_loss(torch.zeros(3), lambda w, p=power: w.pow(p).sum(), lr=lr, n_beta=1000.0, localization=0.5, num_draws=400),
-        )
-    for seed in range(6):
+    for power, lr in ((4, 0.01), (4, 0.02), (6, 0.02), (6, 0.05)):  # a box keeps chains that jump from diverging
+        settings = {"lr": lr, "n_beta": 1000.0, "localization": 0.5, "num_draws": 1000, "bounding_box_size": 0.6}
+        yield "spikes", on_loss(torch.zeros(3), lambda w, p=power: w.pow(p).sum(), **settings)
+    counting = Dataset.from_dict({"input_ids": ((np.arange(64)[:, None] + np.arange(6)) % 11).tolist()})
+    for seed in range(3):
         steep = lambda w: 0.5 * w.square().sum() + 3.0 * w.sum()  # noqa: E731
-        made = on_loss(torch.full((20,), float(seed)), steep, lr=0.01)
-        yield "not at a minimum", made if seed < 3 else (TinyLM(seed=seed), random_tokens(seed=seed), BASE | {"lr": 0.01})
-    for seed in range(6):
-        settings = {"lr": 0.002, "n_beta": 60.0, "localization": 0.1, "init_noise": 1.0, "init_seed": seed, "num_draws": 300}
-        yield "other basins", on_loss(torch.zeros(12), double_well, **settings)
+        yield "not at a minimum", on_loss(torch.full((20,), float(seed)), steep, lr=0.01)
+        # an untrained model on sequences that it can learn
+        settings = {"lr": 0.002, "n_beta": 200.0, "localization": 1.0}
+        yield "not at a minimum", (TinyLM(seed=seed), counting, BASE | settings)
+    lower = torch.tensor([-1.03] + [0.0] * 11)  # of two wells
+    for seed in (1, 2, 4, 5, 6, 8):  # at least one of the eight chains begins in the other
+        settings = {"lr": 0.001, "n_beta": 60.0, "localization": 0.1, "init_noise": 1.0, "init_seed": seed, "num_draws": 300,
+                    "num_chains": 8, "num_burnin_steps": 300}  # fmt: skip
+        yield "other basins", on_loss(lower, double_well, **settings)
 
 
 def main() -> None:
@@ -109,12 +116,16 @@ def main() -> None:
     torch.set_num_threads(1)
     seen: list[tuple[str, str]] = []
     for number, (label, (model, data, settings)) in enumerate(runs()):
+        if sys.argv[1:] and label not in sys.argv[1:]:
+            continue
         found = devinterp.diagnose(devinterp.sample(model, data, {}, **settings))
         verdicts = Counter(found.verdict.values.tolist())
         sick = [verdict for verdict in verdicts if verdict != "healthy"]
         said = max(sick, key=verdicts.__getitem__) if sick else "healthy"
         seen.append((label, said))
         print(number, label, dict(verdicts), f"{float(found.llc_mean):.4g} ± {float(found.mcse):.2g}", flush=True)
+    if sys.argv[1:]:
+        return
     counts, labels = Counter(seen), [label for label, _ in seen]
     missed = [f"run {i} ({label}): {said}" for i, (label, said) in enumerate(seen) if (said == "healthy") != (label == "good")]
     said = sorted({verdict for _, verdict in seen})
@@ -124,7 +135,7 @@ def main() -> None:
         for label in dict.fromkeys(labels)
     ]
     head = (
-        f"`python benchmarks/verdicts.py`, {datetime.date.today()}, {machine()}. {len(labels)} runs of 4 chains, made good or bad on purpose; "
+        f"`python benchmarks/verdicts.py`, {datetime.date.today()}, {machine()}. {len(labels)} runs of 4 or 8 chains, made good or bad on purpose; "
         "of each run the commonest verdict that is not healthy."
     )
     tail = "Wrong: " + ("; ".join(missed) if missed else "none") + "."

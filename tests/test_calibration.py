@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from cases import TinyLM, Weights, plan_of, quadratic, random_tokens, rows
+from cases import DeepLinear, TinyLM, Weights, by_row, plan_of, quadratic, random_tokens, rows
 from checks import LIMIT
 from targets import quadratic_llc
 from zoo import tiny_model
@@ -13,7 +13,7 @@ from zoo import tiny_model
 import devinterp
 from devinterp.engine.curvature import gradient_noise
 from devinterp.errors import DevinterpError
-from devinterp.slt.pilots import cases_of, settling_steps
+from devinterp.slt.pilots import Pilots, cases_of, settling_steps
 
 H = [8.0] * 5 + [2.0] * 35
 SHORT = {"n_beta": 10.0, "batch_size": 4, "progress": False}
@@ -30,18 +30,53 @@ def test_the_weakest_localization_that_settles_is_taken_and_gives_the_exact_valu
         model, data, loss_fn=stiff_and_flat, accuracy=0.05, max_steps=1000, num_init_loss_batches=1, **SHORT
     )
     tried = found.table.localization.values.tolist()
-    assert tried == [800.0, 80.0, 8.0, 0.8, 0.08]  # 10 n_beta h_max downwards, until one takes more than max_steps
-    assert found.settings["localization"] == 0.8
-    assert found.settings["lr"] == pytest.approx(1 / (10 * 8 + 0.8), rel=0.02)
-    assert found.settings["num_burnin_steps"] == settling_steps(found.settings["lr"], 0.8)
+    # 10 n_beta h_max downwards, until one takes more than max_steps; then what does not, 1.1 ln 100 n_beta h_max / max_steps
+    weakest = found.settings["localization"]
+    assert tried == [800.0, 80.0, 8.0, 0.8, weakest, 0.08]
+    assert weakest == pytest.approx(1.1 * math.log(100) * 80 / 1000, rel=0.05)
+    assert found.settings["lr"] == pytest.approx(1 / (10 * 8 + weakest), rel=0.02)
+    assert found.settings["num_burnin_steps"] == settling_steps(found.settings["lr"], weakest)
+    assert 800 < found.settings["num_burnin_steps"] <= 1000
     assert "max_steps is 1000" in str(found.table.fault.values[-1])
     result = devinterp.llc(model, data, progress=False, **found.settings)
-    truth = quadratic_llc(H, 10.0, 0.8)
+    truth = quadratic_llc(H, 10.0, weakest)
     assert abs(float(result.llc_mean) - truth) < LIMIT * float(result.llc_sem)
     assert float(result.llc_sem) < 0.05 * 1.5 * truth
     text = str(found)
-    assert "localization=0.8: the weakest of those tried" in text
+    assert f"localization={weakest:g}: the weakest of those tried" in text
     assert "not localization 0.08: flat directions settle in" in text
+
+
+def test_a_pilot_that_looks_sick_gets_another_look(monkeypatch):
+    """Each first look is taken for sick: the same localization is chosen as when none is."""
+    model, data, looks = Weights(torch.zeros(40)), rows(20), []
+    settings = {"loss_fn": stiff_and_flat, "localization": [8.0], "num_init_loss_batches": 1, **SHORT}
+
+    def look(samples):
+        found = devinterp.diagnose(samples)
+        looks.append(samples.attrs["metadata"]["config"]["sampler"] | {"mean": float(found.llc_mean)})
+        return found.assign(verdict=("chain", ["spiky"] * 4)) if len(looks) in sick else found
+
+    monkeypatch.setattr("devinterp.slt.pilots.diagnose", look)
+    sick: set[int] = {1}
+    assert devinterp.calibrate(model, data, **settings).settings["localization"] == 8.0
+    first, second = looks
+    assert second["num_draws"] == 2 * first["num_draws"]
+    assert second["mean"] != first["mean"], "other chains"
+    sick, looks[:] = set(range(10)), []
+    with pytest.raises(DevinterpError, match="localization 8: spiky"):
+        devinterp.calibrate(model, data, **settings)
+
+
+def test_step_sizes_see_curvature_that_grows_all_through_the_burn_in():
+    """Of a deep linear network at its deepest point: the flat directions, in which it grows, take thousands of steps."""
+    model, data = DeepLinear((4, 3, 4), 1), rows(4)
+    fixed = {"n_beta": 100.0, "batch_size": 4, "loss_fn": by_row, "sampling_method": "leimkuhler_matthews", "progress": False}
+    pilots = Pilots({"model": (model, None)}, data, fixed, max_steps=1000, largest_excess=None)
+    short, settled = pilots.step_size("model", 0.5), pilots.step_size_settled("model", 0.5)
+    assert short["pilot_steps"] == 100 < settled["pilot_steps"] <= 1000
+    assert settled["h_max_pilot"] > 1.3 * short["h_max_pilot"]
+    assert settled["lr"] < short["lr"]
 
 
 def test_settling_steps_leave_what_they_say():

@@ -5,7 +5,7 @@ import torch
 from cases import TinyLM, Weights, plan_of, quadratic, random_tokens, rows
 
 import devinterp
-from devinterp.engine.curvature import Curvature, choose_step_size, spectrum
+from devinterp.engine.curvature import Curvature, Spectrum, choose_step_size, spectrum
 
 
 def matrix_loss(matrix):
@@ -83,6 +83,24 @@ def test_auto_sees_curvature_that_grows_away_from_the_checkpoint():
     assert step_size.lr < 1 / 500
 
 
+def test_few_directions_are_looked_at_from_more_chains(monkeypatch):
+    """In one dimension the curvature where two chains end says little of where others go."""
+    looked = []
+
+    def pilot(plan, chain, lr, batches):
+        looked.append(chain)
+        return Spectrum(1.0 + chain, 1.0, 1.0), lr, 20
+
+    monkeypatch.setattr("devinterp.engine.curvature.pilot", pilot)
+    for size, chains in ((1, 16), (10, 4), (16, 2), (1000, 2)):
+        plan = plan_of(Weights(torch.zeros(size)), rows(4), quadratic(1e-3), lr="auto", localization=1.0,
+                       sampling_method="leimkuhler_matthews")  # fmt: skip
+        with plan.checkpoint.ready():
+            assert choose_step_size(plan).lr == pytest.approx(1 / chains)
+        assert looked == list(range(chains))
+        looked.clear()
+
+
 def test_auto_depends_on_neither_the_number_of_chains_nor_of_draws():
     chosen = {"lr": "auto", "n_beta": 10.0, "localization": 5.0, "batch_size": 4, "sampling_method": "leimkuhler_matthews"}
     found = set()
@@ -121,6 +139,8 @@ def test_traces_of_a_quadratic_and_of_what_is_not():
     """Exact where all directions are alike; otherwise right on average over seeds."""
     plan = plan_of(Weights(torch.zeros(30)), rows(8), quadratic(7.0), batch_size=4)
     assert spectrum(plan, None, [plan.batches.micro(0, 0)]).trace == pytest.approx(7.0 * 30, rel=1e-3)
+    plan = plan_of(Weights(torch.zeros(30)), rows(8), quadratic(-7.0), batch_size=4)
+    assert spectrum(plan, None, [plan.batches.micro(0, 0)]).trace == pytest.approx(-7.0 * 30, rel=1e-3)
     matrix, found = torch.diag(torch.tensor([40.0, 4.0, 1.0, 0.0])), []
     for seed in range(400):
         plan = plan_of(Weights(torch.zeros(4)), rows(4), matrix_loss(matrix), init_seed=seed)

@@ -55,6 +55,8 @@ def test_each_fault_has_its_verdict():
     spiky[2, [50, 120]] += 60
     assert verdicts(spiky) == ["healthy", "healthy", "spiky", "healthy"]
     assert verdicts(base + np.array([[0], [0], [0], [5]])) == ["healthy"] * 3 + ["chains disagree"]
+    far = base + np.array([[0.0], [0.0], [0.0], [60.0]])  # the error of the mean is larger than a third of it
+    assert set(verdicts(far)) == {"too short", "chains disagree"}
     dead = base.copy()
     dead[1] = 0.0
     assert verdicts(dead)[1] == "too little signal"

@@ -1,14 +1,20 @@
 """Known learning coefficients, end to end through the public calls, with lr="auto" and nothing tuned."""
 
+import itertools
+import math
+
 import numpy as np
 import pytest
 import torch
 from cases import DeepLinear, Weights, by_row, rows
 from checks import check_estimate
-from targets import deep_linear_llc, quadratic_llc
+from linear_networks import energies
+from scipy.integrate import quad
+from targets import crossing_llc, deep_linear_llc, quadratic_llc
 from torch import nn
 
 import devinterp
+from devinterp.analysis.uncertainty import standard_error
 
 AUTO = {"lr": "auto", "sampling_method": "leimkuhler_matthews", "num_init_loss_batches": 1, "progress": False}
 
@@ -67,6 +73,30 @@ def test_linear_regression_is_half_its_number_of_weights():
     check_estimate(float(result.llc_mean), truth, float(result.llc_sem), largest=0.02)
 
 
+def test_numerical_integration_of_normal_crossings():
+    """Against the integral over one weight by hand: w1 is Gaussian given w2, of precision 2 n_beta w2^2 + gamma."""
+    n_beta = 1000.0
+    for gamma in (0.1, 1.0, 10.0):
+        density = lambda w, g=gamma: (2 * n_beta * w * w + g) ** -0.5 * math.exp(-g * w * w / 2)  # noqa: E731
+        energy = lambda w, g=gamma, d=density: d(w) * n_beta * w * w / (2 * n_beta * w * w + g)  # noqa: E731
+        ends = [0.0, 1e-4, 1e-2, 0.1, 1.0, 30.0]
+        top, bottom = (sum(quad(f, *pair)[0] for pair in itertools.pairwise(ends)) for f in (energy, density))
+        assert crossing_llc((1, 1), n_beta, gamma) == pytest.approx(top / bottom, rel=1e-5)
+    assert crossing_llc((3,), 1000.0, 1e-4) == pytest.approx(1 / 6, rel=1e-4)
+    assert crossing_llc((1, 1, 1), 1000.0, 0.1) == pytest.approx(crossing_llc((1, 1, 1), 1000.0, 0.1, points=360), rel=1e-6)
+
+
+@pytest.mark.parametrize(("gamma", "rank"), [(1.0, 0), (5.0, 1)])
+def test_exact_sampling_of_linear_networks_against_an_integral(gamma, rank):
+    """Two layers of one weight each, n_beta (w1 w2 - rank)^2 / 2, on a grid."""
+    n_beta, w = 20.0, np.linspace(-8, 8, 2001)
+    energy = 0.5 * n_beta * (w[:, None] * w - rank) ** 2
+    density = np.exp(-energy - gamma / 2 * ((w[:, None] - rank) ** 2 + (w - rank) ** 2))
+    truth = float((energy * density).sum() / density.sum())
+    found = energies((1, 1, 1), rank, n_beta, gamma, sweeps=20_000, burn_in=100)
+    check_estimate(float(found.mean()), truth, standard_error(found), largest=0.02)
+
+
 def deep_linear(widths, rank, num_chains, num_burnin_steps, num_draws):
     model, count = DeepLinear(widths, rank), widths[0]
     return devinterp.llc(model, rows(count), loss_fn=by_row, n_beta=5000.0, localization=1.0, num_chains=num_chains,
@@ -75,9 +105,14 @@ def deep_linear(widths, rank, num_chains, num_burnin_steps, num_draws):
 
 
 def test_a_small_deep_linear_network():
-    result = deep_linear((4, 3, 4), 1, num_chains=4, num_burnin_steps=1500, num_draws=150)
-    truth, _ = deep_linear_llc((4, 3, 4), 1)
-    assert float(result.llc_mean) == pytest.approx(truth, rel=0.12)
+    """Against exact sampling at the same n_beta and localization, which are far from the limit that theory has."""
+    widths, rank, n_beta, gamma = (4, 3, 4), 1, 200.0, 2.0
+    result = devinterp.llc(DeepLinear(widths, rank), rows(4), loss_fn=by_row, n_beta=n_beta, localization=gamma, num_chains=4,
+                           num_draws=400, num_steps_bw_draws=5, num_burnin_steps=1000, batch_size=4, **AUTO)  # fmt: skip
+    known = energies(widths, rank, n_beta, gamma, sweeps=4000, burn_in=400)
+    error = math.hypot(float(result.llc_sem), standard_error(known))
+    check_estimate(float(result.llc_mean), float(known.mean()), error, largest=0.03)
+    assert abs(known.mean() - deep_linear_llc(widths, rank)[0]) > 10 * error, "theory's limit is told apart"
 
 
 @pytest.mark.slow

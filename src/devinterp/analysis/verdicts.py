@@ -77,7 +77,9 @@ class Run:
             chain: Judgement("too little signal", "its loss does not change", "a larger lr, or lr='auto'") for chain in still
         }
         error = standard_error(self.trace)
-        if abs(self.level) < SURE * error and not Change.of(self.trace).is_sure:
+        # chains that each have a signal, at levels far apart, have no sure mean either
+        alone = all(abs(float(row.mean())) > SURE * standard_error(row[None]) for row in self.trace)
+        if abs(self.level) < SURE * error and not Change.of(self.trace).is_sure and not alone:
             reason = f"the LLC is {self.level:.3g} with a standard error of {error:.2g}"
             weak = Judgement("too little signal", reason, "more draws, larger batches, or a larger n_beta")
             found = self._of_all(weak) | found

@@ -108,7 +108,7 @@ def run_chains(walk: Walk) -> Iterator[list[Snapshot | Diverged]]:
         seen += watch.look(t, [losses, *observables.values()], now=draw is not None or last)
         metrics = None if last or not watch.alive else walker.step()
         for i, chain in enumerate(walk.chains):
-            if chain in watch.alive:
+            if chain not in watch.diverged:
                 observed = {name: marked(values[i], walker.observed_counted[name]) for name, values in observables.items()}
                 told = None if metrics is None else {name: values[i] for name, values in metrics.items()}
                 counted = walker.counted_of(i)
@@ -143,7 +143,7 @@ class Watch:
         sums = torch.stack([total for _, total in self.unseen]).tolist()
         for i, chain in enumerate(self.chains):
             first = next((at for (at, _), row in zip(self.unseen, sums, strict=True) if not math.isfinite(row[i])), None)
-            if first is not None and chain in self.alive:
+            if first is not None and chain not in self.diverged:
                 self.diverged[chain] = first
                 yield Diverged(chain, first)
         self.unseen.clear()

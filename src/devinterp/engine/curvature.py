@@ -36,8 +36,12 @@ ROUNDING = 1e-5
 TOKENS = 2048
 """of the sampling stream, on which the curvature is measured; at least 8 sequences, at most 128"""
 NOISE_BATCHES = 8
-PILOT_CHAINS = 2
+PILOT_CHAINS, PILOT_DIRECTIONS = 2, 32
+"""Chains of a pilot, and directions that they have together at least (with at most 16 chains): the largest curvature over few
+directions differs much from one point to another"""
 PILOT_ATTEMPTS = 12
+SHORT_PILOT = 100
+"""Steps that a pilot may take whatever the burn-in"""
 
 
 @dataclass(frozen=True)
@@ -77,7 +81,7 @@ def choose_step_size(plan: Plan) -> StepSize:
     at_checkpoint = spectrum(plan, None, batches)
     check_curved("lr='auto'", at_checkpoint.precision, "Give lr, or a localization > 0.")
     lr, after_pilot, steps = 0.5 / at_checkpoint.precision, [], 0
-    for chain in range(PILOT_CHAINS):
+    for chain in range(max(PILOT_CHAINS, min(16, math.ceil(PILOT_DIRECTIONS / plan.selection.size)))):
         found, lr, steps = pilot(plan, chain, lr, batches)
         after_pilot.append(found)
     largest = max(found.precision for found in after_pilot)
@@ -125,7 +129,7 @@ def pilot(plan: Plan, chain: int, lr: float, batches: list[Batch]) -> tuple[Spec
 
 def pilot_steps(settings: Settings, lr: float) -> int:
     """Until the flattest direction has relaxed (two relaxation times of 2 / (lr prior)), as far as the burn-in would go."""
-    prior, burn_in = Posterior.of(settings).prior_precision, max(100, settings.num_burnin_steps)
+    prior, burn_in = Posterior.of(settings).prior_precision, max(SHORT_PILOT, settings.num_burnin_steps)
     return max(20, min(burn_in, math.ceil(4 / (2 * lr * prior)))) if prior > 0 else burn_in
 
 
@@ -191,11 +195,11 @@ def spectrum(plan: Plan, weights: Tensor | None, batches: list[Batch], iteration
     """
     curvature, posterior = Curvature(plan, weights, batches), Posterior.of(plan.settings)
     largest = curvature.dominant(iterations)
+    trace = curvature.first_quotient * plan.selection.size
     if largest < 0:  # the eigenvalues shifted by it lie close together: no early stop
         largest = max(0.0, largest + curvature.dominant(2 * iterations, shift=largest, converged=0.0))
     if plan.metric is not None:
         return Spectrum(largest)
-    trace = curvature.first_quotient * plan.selection.size
     return Spectrum(posterior.n_beta * largest + posterior.prior_precision, largest, trace)
 
 

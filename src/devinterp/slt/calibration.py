@@ -11,7 +11,7 @@ from torch import nn
 
 from devinterp.engine.settings import integer, number
 from devinterp.errors import DevinterpError, InputTypeError, got
-from devinterp.slt.pilots import PILOT_CHAINS, PILOT_DRAWS, SETTLED, Pilots, Tried, batch_noise, candidates, cases_of
+from devinterp.slt.pilots import PILOT_CHAINS, SETTLED, Pilots, Tried, batch_noise, candidates, cases_of
 from devinterp.utils import default_nbeta
 
 if TYPE_CHECKING:
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger("devinterp")
 
 FEWEST_DRAWS, MOST_DRAWS = 50, 5000
+MOST_BETWEEN = 3
+"""Localizations tried between the last of the ladder that works and the next"""
 METHOD = "leimkuhler_matthews"
 
 
@@ -77,10 +79,11 @@ def calibrate(
         param_masks: of one restriction as `sample` takes them; or restriction's name -> masks, None or "l0h1", as
             `susceptibilities` takes them: each is tried on each model.
         n_beta: None = `default_nbeta(batch_size)`. It is part of the question, like `localization`.
-        localization: what to try, per squared weight; None = from 10 n_beta h_max downwards, each a tenth.
+        localization: what to try, per squared weight; None = from 10 n_beta h_max downwards, each a tenth, and where the next
+            would not settle in time, the weakest that does.
         batch_size: sequences per step.
         accuracy: relative standard error of the LLC that `num_draws` aims at.
-        max_steps: of a pilot's burn-in; the pilot is five times as long.
+        max_steps: of a pilot's burn-in; the pilot is three times as long.
         largest_excess: rise of the loss that still counts as local, in nats; None = a tenth of the checkpoint's loss (no
             limit where that is below 0.001).
         progress: show the pilots' bars.
@@ -108,24 +111,37 @@ def calibrate(
         logger.info("%s", tried[-1])
         if not tried[-1].works and any(one.works for one in tried):
             break  # weaker ones go further still
-    if any(one.works for one in tried):
-        return _chosen(pilots, tried, accuracy)
-    listed = "\n".join(f"  - {one}" for one in tried)
-    raise DevinterpError(
-        f"no localization works:\n{listed}\nTry others, a larger max_steps or largest_excess, or larger batches."
-    )
+    if not any(one.works for one in tried):
+        listed = "\n".join(f"  - {one}" for one in tried)
+        raise DevinterpError(
+            f"no localization works:\n{listed}\nTry others, a larger max_steps or largest_excess, or larger batches."
+        )
+    if localization is None:
+        tried += _weakest_to_settle(pilots, tried)
+    return _chosen(pilots, tried, accuracy)
+
+
+def _weakest_to_settle(pilots: Pilots, tried: list[Tried]) -> Iterator[Tried]:
+    """Between the last that works and the next, where that would not settle in time. Curvature is measured anew at each."""
+    last, strong = tried[-1], _taken(tried).localization
+    for _ in range(MOST_BETWEEN):
+        if last.works or not last.localization < (between := pilots.weakest_to_settle(last)) < strong:
+            return
+        last = pilots.at(between)
+        logger.info("%s", last)
+        yield last
 
 
 def _taken(tried: list[Tried]) -> Tried:
-    return [one for one in tried if one.works][-1]
+    return min((one for one in tried if one.works), key=lambda one: one.localization)
 
 
 def _chosen(pilots: Pilots, tried: list[Tried], accuracy: float) -> Calibration:
     taken = _taken(tried)
-    relative = max(row["llc_sem"] / row["llc"] for row in taken.rows.values())
-    every = int(max(row["steps_bw_draws"] for row in taken.rows.values()))
+    rows = taken.rows.values()
+    relative, every = max(row["llc_sem"] / row["llc"] for row in rows), int(max(row["steps_bw_draws"] for row in rows))
     # draws that lie `every` steps apart hold as much as all the pilot's in between
-    wanted = math.ceil(PILOT_DRAWS * (relative / accuracy) ** 2 * min(row["every"] for row in taken.rows.values()) / every)
+    wanted = math.ceil(max(row["steps"] * (row["llc_sem"] / row["llc"] / accuracy) ** 2 for row in rows) / every)
     settings = {
         **{name: value for name, value in pilots.fixed.items() if name != "progress"},
         "lr": taken.lr, "localization": taken.localization, "num_burnin_steps": taken.burn_in, "num_chains": PILOT_CHAINS,
@@ -139,7 +155,7 @@ def _chosen(pilots: Pilots, tried: list[Tried], accuracy: float) -> Calibration:
 
 
 def _table(pilots: Pilots, tried: list[Tried]) -> xr.Dataset:
-    names = list(pilots.cases)
+    names, tried = list(pilots.cases), sorted(tried, key=lambda one: -one.localization)
     measured = ("lr", "h_max_checkpoint", "h_max_pilot", "trace_checkpoint", "trace_pilot")
     found = ("llc", "llc_sem", "excess", "loss", "rhat")
 

@@ -1,0 +1,112 @@
+"""`calibrate` on language models: healthy on the first try, how long it takes, and whether smaller steps give the same LLC.
+
+python benchmarks/calibrating.py [--report]       (after `make demo`; about 20 minutes on two idle cores)
+
+The demo's checkpoints, and small models of other architectures trained for a moment on the demo's text. Each is calibrated with
+nothing given but n_beta and batch size, sampled with what was found, and sampled again with a quarter of the step size and eight
+times the steps. Each row is kept in build/calibrating.jsonl, so a run that was cut off goes on.
+"""
+
+import datetime
+import json
+import math
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from demo_checkpoint import DEMO, ROOT, load, machine, record
+from torch import nn
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Config
+
+import devinterp
+
+CACHE = ROOT / "build" / "calibrating.jsonl"
+GIVEN = {"n_beta": 30.0, "batch_size": 16, "chains_together": "sequential"}
+TRAINING_STEPS = 400
+SMALL = {"vocab_size": 1024, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 192,
+         "max_position_embeddings": 64}  # fmt: skip
+OTHERS: dict[str, Callable[[], Any]] = {
+    "GPT-2": lambda: GPT2Config(vocab_size=1024, n_embd=64, n_layer=2, n_head=4, n_positions=64),
+    "Llama": lambda: LlamaConfig(**SMALL, num_key_value_heads=2),
+    "Qwen2": lambda: Qwen2Config(**SMALL, num_key_value_heads=2),
+}
+
+
+def trained(config: Any, data: Any) -> nn.Module:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    ids = torch.as_tensor(data[:]["input_ids"])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    for step in range(TRAINING_STEPS):
+        batch = ids[torch.randint(len(ids), (16,))]
+        loss = model(batch, labels=batch).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if step % 100 == 99:
+            print(f"  step {step + 1}: loss {loss.item():.2f}", flush=True)
+    return model
+
+
+def measure(name: str, model: nn.Module, data: Any) -> dict[str, Any]:
+    started = time.time()
+    found = devinterp.calibrate(model, data, progress=False, **GIVEN)
+    calibrated = time.time() - started
+    settings, taken = found.settings, found.table.sel(localization=found.settings["localization"])
+    finer = settings | {
+        "lr": settings["lr"] / 4,
+        "num_burnin_steps": 8 * settings["num_burnin_steps"],
+        "num_steps_bw_draws": 8 * settings["num_steps_bw_draws"],
+    }
+    row: dict[str, Any] = {"model": name, "loss": float(taken.loss[0]), "calibrate": calibrated}
+    row |= {key: settings[key] for key in ("localization", "lr", "num_burnin_steps", "num_draws", "num_steps_bw_draws")}
+    for part, chosen in (("as found", settings), ("finer", finer)):
+        started = time.time()
+        diagnosis = devinterp.diagnose(devinterp.sample(model, data, {}, progress=False, **chosen))
+        row[part] = {
+            "llc": float(diagnosis.llc_mean), "sem": float(diagnosis.mcse), "seconds": time.time() - started,
+            "verdict": ", ".join(sorted(set(diagnosis.verdict.values.tolist()))),
+        }  # fmt: skip
+    return row
+
+
+def main() -> None:
+    warnings.simplefilter("ignore")
+    CACHE.parent.mkdir(exist_ok=True)
+    CACHE.touch()
+    rows = {row["model"]: row for row in map(json.loads, CACHE.read_text().splitlines())}
+    _, data = load()
+    models: dict[str, Callable[[], nn.Module]] = {
+        f"demo, {path.name}": lambda path=path: AutoModelForCausalLM.from_pretrained(path)
+        for path in sorted((DEMO / "checkpoints").iterdir())
+    }
+    models |= {f"{name}, {TRAINING_STEPS} steps": lambda make=make: trained(make(), data) for name, make in OTHERS.items()}
+    for name in {} if "--report" in sys.argv else sorted(models.keys() - rows.keys(), key=lambda name: name.startswith("demo")):
+        rows[name] = measure(name, models[name](), data)
+        print(rows[name], flush=True)
+        with CACHE.open("a") as file:
+            file.write(json.dumps(rows[name]) + "\n")
+    lines = [
+        f"`python benchmarks/calibrating.py`, {datetime.date.today()}, {machine()}. n_beta {GIVEN['n_beta']:g}, batches of "
+        f"{GIVEN['batch_size']}; nothing else given. The last run has a quarter of the step size and eight times the steps; the difference is "
+        "in standard errors of both. Seconds on a machine that others used too.", "",
+        "| model | loss | localization | lr | burn-in + draws x steps | LLC | verdict | finer steps | difference | seconds of calibrate, of the run |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for name in (name for name in models if name in rows):
+        row, found, finer = rows[name], rows[name]["as found"], rows[name]["finer"]
+        off = (found["llc"] - finer["llc"]) / math.hypot(found["sem"], finer["sem"])
+        lines.append(
+            f"| {name} | {row['loss']:.2f} | {row['localization']:g} | {row['lr']:.2g} | "
+            f"{row['num_burnin_steps']} + {row['num_draws']} x {row['num_steps_bw_draws']} | {found['llc']:.3g} ± {found['sem']:.2g} | "
+            f"{found['verdict']} | {finer['llc']:.3g} ± {finer['sem']:.2g} | {off:+.1f} ({found['llc'] / finer['llc'] - 1:+.1%}) | "
+            f"{row['calibrate']:.0f}, {found['seconds']:.0f} |"
+        )
+    record("Calibrated settings", "\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
