@@ -41,8 +41,8 @@ planted-bugs: .venv/.installed  ## plant each known bug in a copy and see a test
 
 docs:  ## build the site of the docs into site/; broken links and unknown names are errors (its own environment)
 	test -x .venv-docs/bin/python || $(PYTHON) -m venv .venv-docs
-	.venv-docs/bin/pip install -q $$($(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])')
-	.venv-docs/bin/mkdocs build --strict --quiet
+	.venv-docs/bin/pip install -q -c constraints.txt $$($(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])')
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --quiet
 
 wheel:  ## build the wheel, list it, install it alone into an empty environment and try it there (the way to a release)
 	test -x .venv-wheel/bin/python || $(PYTHON) -m venv .venv-wheel

@@ -25,7 +25,14 @@ import torch
 from datasets import Dataset
 from test_cli import TEXT
 from tokenizers import ByteLevelBPETokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 import devinterp
 from devinterp.engine.settings import Settings
@@ -158,7 +165,7 @@ PREPARED: dict[str, tuple[Callable[[dict[str, Any]], None], ...]] = {
 def hub(given, monkeypatch):
     """The hub as the docs see it: every model is the tiny one, every dataset the same text."""
     text = Dataset.from_dict({column: TEXT.split("\n") for column in ("text", "content")})
-    found = {loader: loader.from_pretrained for loader in (AutoModelForCausalLM, AutoTokenizer)}
+    found = {loader: loader.from_pretrained for loader in (AutoConfig, AutoModelForCausalLM, AutoTokenizer)}
     for loader, load in found.items():
         monkeypatch.setattr(
             loader,
