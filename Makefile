@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo test test-slow test-crashes test-oldest lint planted-bugs figures truth bench clean
+.PHONY: help demo docs wheel test test-slow test-crashes test-oldest lint planted-bugs figures truth bench clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /\1\t/' | expand -t 16
@@ -39,6 +39,17 @@ test-oldest:  ## stores and strangers' files with the oldest libraries that are 
 planted-bugs: .venv/.installed  ## plant each known bug in a copy and see a test fail (about two hours)
 	$(BIN)/python tests/planted_bugs.py
 
+docs:  ## build the site of the docs into site/; broken links and unknown names are errors (its own environment)
+	test -x .venv-docs/bin/python || $(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/pip install -q -c constraints.txt $$($(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])')
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --quiet
+
+wheel:  ## build the wheel, list it, install it alone into an empty environment and try it there (the way to a release)
+	test -x .venv-wheel/bin/python || $(PYTHON) -m venv .venv-wheel
+	.venv-wheel/bin/pip install -q build
+	rm -rf dist && .venv-wheel/bin/python -m build --outdir dist
+	$(PYTHON) tests/wheel.py dist
+
 figures: .venv/.installed  ## step sizes and peak memory on the demo's last checkpoint (after make demo)
 	$(BIN)/python benchmarks/step_size.py
 	$(BIN)/python benchmarks/memory.py
@@ -60,4 +71,4 @@ bench: .venv/.installed .venv-peer/.installed  ## speed against devinterp 2.0.1 
 	$(BIN)/python benchmarks/growth.py
 
 clean:  ## remove the environment and the demo's output
-	rm -rf .venv .venv-peer demo_output
+	rm -rf .venv .venv-peer .venv-docs .venv-wheel site dist demo_output

@@ -49,6 +49,7 @@ AWAY = "tests/test_executors.py"
 SAMPLERS, METRIC = "tests/test_samplers.py", "tests/test_metric.py"
 MASKS, OTHER = "tests/test_masks.py", "tests/test_other_models.py"
 OBJECTIVE, TRIALS = "engine/objective.py", "engine/trials.py"
+FORMS, CONVERT = "slt/conversion.py", "tests/test_conversion.py"
 
 BUGS = [
     Bug("noise scaled by lr", SGLD, "self.lr**0.5 * xi", "self.lr * xi", LAWS),
@@ -287,6 +288,12 @@ BUGS = [
     Bug("a page that may load", PAGE, "default-src 'none'; script-src", "default-src *; script-src", REPORT),
     Bug("a report of two settings", "slt/report_runs.py", "if len(groups) > 1:", "if False:", REPORT),
     Bug("a file of others replaced", "slt/report.py", "path.exists() and not _is_report(path)", "False", REPORT),
+    Bug("table draw by draw", FORMS, 'transpose("chain", "draw").values.ravel()', 'transpose("draw", "chain").values.ravel()', CONVERT),
+    Bug("table without the checkpoint's losses", FORMS, '["sampling_loss", "baseline_loss", "init_loss"]', '["sampling_loss", "init_loss"]', CONVERT),
+    Bug("steps of converted stores from 0", FORMS, '"step": 1,', '"step": 0,', CONVERT),
+    Bug("converted store never complete", FORMS, "    writer.finish()", "    pass", CONVERT),
+    Bug("unfinished run converted", FORMS, "    status_of_chains(ds)\n    if form", "    if form", CONVERT),
+    Bug("notes among the JSON", "cli/options.py", 'from {self.data!r}", err=True)', 'from {self.data!r}")', "tests/test_cli.py"),
 ]  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import inspect
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -111,3 +112,15 @@ def test_public_names_and_what_became_of_old_ones():
             __import__(old)
     with pytest.raises(ImportError, match="sample_single_chain"):
         from devinterp.slt.sampler import sample_single_chain  # noqa: F401
+
+
+def test_the_version_is_that_of_the_citation():
+    version = re.search(r'^version = "(.*)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    cited = re.search(r"^version: (.*)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)
+    assert version[1] == cited[1]
+
+
+def test_every_page_of_the_docs_is_in_the_navigation():
+    config = (ROOT / "mkdocs.yml").read_text()
+    pages = {page.relative_to(ROOT / "docs").as_posix() for page in (ROOT / "docs").rglob("*.md")}
+    assert {page for page in pages if not re.search(rf"(: |- ){re.escape(page)}$", config, re.MULTILINE)} == set()

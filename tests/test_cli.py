@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import subprocess
 import sys
 import warnings
@@ -113,6 +114,72 @@ def test_bif_prints_the_strongest_pairs_and_saves(folder, cli, method):
     assert "mean correlation" in done.stdout
 
 
+def as_json(done: Done) -> dict:
+    """The one line of --json; nothing else may be on the standard output."""
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("\n") == 1, done.stdout
+    return json.loads(done.stdout)
+
+
+def test_sample_then_every_result_as_json(folder, cli):
+    """The numbers are those of the calls."""
+    run = ("model", "--data", "text.txt", *BOTH, *QUICK, "--json")
+    made = as_json(cli("sample", *run, "--output", "sampled"))
+    assert made["store"] == "sampled"
+    assert made["settings"]["num_draws"] == 10
+    assert [chain["status"] for chain in made["chains"]] == ["complete", "complete"]
+    llc, result = as_json(cli("llc", *run, "--output", "sampled")), devinterp.compute_llc(folder / "sampled")
+    assert llc["llc_mean"] == float(result.llc_mean)
+    assert llc["observables"]["all"]["sem"] == float(result.llc_observable_sem.sel(observable="all"))
+    assert len(llc["verdicts"]) == 2
+    shown = as_json(cli("show", "sampled", "--json"))
+    assert shown.items() >= (llc | {"settings": made["settings"]}).items()
+    assert as_json(cli("diagnose", "sampled", "--json"))["mcse"] == float(devinterp.diagnose(folder / "sampled").mcse)
+    pairs = as_json(cli("bif", *run, "--output", "sampled", "--top", "3"))["pairs"]
+    best = devinterp.compute_bif(folder / "sampled", correlation_method="sequence", top_k=3, progress=False)
+    assert [pair["influence"] for pair in pairs] == best.influences.values.tolist()
+    assert as_json(cli("verify", "sampled", "--json"))["damaged"] == {}
+    plain = cli("sample", *run[:-1], "--output", "sampled")
+    assert "devinterp.compute_llc('sampled')" in plain.stdout
+
+
+def test_components_and_susceptibilities_as_json(folder, cli):
+    listed = as_json(cli("components", "model", "--json"))
+    chosen = as_json(cli("components", "model", "l0h1", "--json"))
+    assert chosen["weights"] == next(one["weights"] for one in listed["components"] if one["name"] == "l0h1")
+    assert sum(chosen["parameters"].values()) == chosen["weights"] < chosen["of"] == listed["weights"]
+    run = ("model", "--data", "text.txt", *BOTH, *QUICK, "--output", "as_json", "--components", "l0h1", "--json")
+    found = as_json(cli("susceptibilities", *run))
+    assert [one["component"] for one in found["responses"]] == ["l0h1"]
+    assert set(found["responses"][0]["means"]) == {"data", "lines", "all"}
+    runs = {name: folder / f"as_json_{name}" for name in ("full", "l0h1")}
+    tree = devinterp.compute_susceptibilities(runs, "data", standardize=True, include_sampling_task=True, errors=False)
+    sus = tree["susceptibilities"].to_dataset()
+    of_all = sus.sus.values[sus.dataset_id.values == sus.attrs["dataset_id_to_name"].index("all")]
+    assert found["responses"][0]["means"]["all"] == pytest.approx(of_all.mean())
+
+
+def test_convert(folder, cli):
+    assert cli("llc", "model", "--data", "text.txt", "--output", "to_convert", *QUICK).returncode == 0
+    done = as_json(cli("convert", "to_convert", "table.parquet", "--json"))
+    assert done["bytes"] == (folder / "table.parquet").stat().st_size
+    again = cli("convert", "to_convert", "table.parquet")
+    assert again.returncode == 2
+    assert "Something is there" in again.stderr
+    refused = cli("convert", "to_convert", "again.zarr")
+    assert refused.returncode == 2
+    assert "made by devinterp 2.0" in refused.stderr
+
+
+def test_completion_names_commands_and_can_be_installed():
+    asked = {"_DEVINTERP_COMPLETE": "complete_bash", "COMP_WORDS": "devinterp ca", "COMP_CWORD": "1"}
+    call = [sys.executable, "-c", "import sys; sys.argv = ['devinterp']; from devinterp.cli import main; main()"]
+    done = subprocess.run(call, env=os.environ | asked, capture_output=True, text=True, timeout=60)
+    assert done.stdout.split() == ["calibrate"], done
+    helped = subprocess.run([*call[:-1], call[-1].replace("']", "', '--help']")], capture_output=True, text=True, timeout=60)
+    assert "--install-completion" in helped.stdout
+
+
 def test_susceptibilities_of_all_heads(folder, cli):
     arguments = ("susceptibilities", "model", "--data", "text.txt", *BOTH, "--output", "sus", *QUICK)
     done = cli(*arguments, "--save", "sus-result")
@@ -196,6 +263,7 @@ WRONG = [
     ),
     (("llc", "model", "--data", "text.txt", "--context", "0"), "context"),
     (("llcc",), "llcc"),
+    (("convert", "nowhere", "run.txt"), "ends in one of .nc, .parquet, .zarr"),
 ]
 
 

@@ -74,6 +74,7 @@ def test_a_study_is_planned_made_and_found_again(study, cli, tmp_path, monkeypat
     again = cli("sweep", "study.toml", "--json")
     assert again.stderr.count("nothing to compute") == 2
     found = json.loads(again.stdout)
+    assert json.loads(cli("show", tmp_path / "runs", "--json").stdout)["runs"] == found["runs"]
     assert [run["llc_mean"] for run in found["runs"]] == llc.llc_mean.values.tolist()
     assert [run["step"] for run in found["runs"]] == [5, 50]
     assert found["failed"] == {}

@@ -12,26 +12,27 @@ from typing import Annotated, Any
 
 import typer
 
-from devinterp.cli import commands, sweeping
+from devinterp.cli import commands, stores, sweeping
 from devinterp.cli.printing import inert
 from devinterp.errors import DevinterpError, DevinterpInputError, StoreError
 
 app = typer.Typer(
     help="What a network has learned, read from the geometry of its loss around a checkpoint.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.command("sample")(commands.sample_command)
 app.command("llc")(commands.llc_command)
 app.command("bif")(commands.bif_command)
 app.command("susceptibilities")(commands.susceptibilities_command)
 app.command("sweep")(sweeping.sweep_command)
 app.command("components")(commands.components_command)
 app.command("calibrate")(commands.calibrate_command)
-app.command("diagnose")(commands.diagnose_command)
-app.command("show")(commands.show_command)
-app.command("report")(commands.report_command)
-app.command("verify")(commands.verify_command)
+app.command("diagnose")(stores.diagnose_command)
+app.command("show")(stores.show_command)
+app.command("report")(stores.report_command)
+app.command("verify")(stores.verify_command)
+app.command("convert")(stores.convert_command)
 
 INTERRUPTED = 130
 

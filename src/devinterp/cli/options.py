@@ -25,6 +25,8 @@ CHOSEN: dict[str, Any] = {
 """What the command line takes where the user says nothing: settings in use for language models of many sizes. They define
 what is measured, so they are printed with every result."""
 
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as one line of JSON, for programs.")]
+
 SKIPPED = ("sampling_method_kwargs",)  # from the TOML file only
 
 
@@ -72,7 +74,7 @@ class Job:
     @cached_property
     def dataset(self) -> Any:
         tokens = self._tokens("--data", self.data)
-        typer.echo(f"{len(tokens)} sequences of {self.context} tokens from {self.data!r}")
+        typer.echo(f"{len(tokens)} sequences of {self.context} tokens from {self.data!r}", err=True)
         return tokens
 
     @cached_property

@@ -1,7 +1,9 @@
 """What the commands print: settings, chains, estimates, tables."""
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -12,6 +14,60 @@ if TYPE_CHECKING:
 def inert(text: str) -> str:
     """Text of others for a terminal: control characters are spelled out, lines stay lines."""
     return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+
+
+def print_json(value: Any) -> None:
+    """One line of plain ASCII; what is no number is null."""
+
+    def plain(part: Any) -> Any:
+        if isinstance(part, Mapping):
+            return {str(key): plain(each) for key, each in part.items()}
+        if isinstance(part, list | tuple):
+            return [plain(each) for each in part]
+        if isinstance(part, float) and not math.isfinite(part):
+            return None
+        return part if part is None or isinstance(part, str | int | float) else str(part)
+
+    typer.echo(json.dumps(plain(value)))
+
+
+def settings_of(samples: "xr.DataTree") -> dict[str, Any]:
+    from devinterp.store.reader import metadata_of
+
+    return dict(metadata_of(samples)["config"]["sampler"])
+
+
+def chains_of(samples: "xr.DataTree") -> list[dict[str, Any]]:
+    """What became of each chain; nothing of stores of devinterp 2.0, which kept no status."""
+    from devinterp.store.schema import STATUS_MEANINGS
+
+    ds = samples.to_dataset()
+    if not {"chain_status", "diverged_at"} <= set(ds):
+        return []
+    found = zip(ds["chain_status"].values, ds["diverged_at"].values, strict=True)
+    return [
+        {"chain": chain, "status": STATUS_MEANINGS[status], "diverged_at": int(at) if at >= 0 else None}
+        for chain, (status, at) in enumerate(found)
+    ]
+
+
+def estimates_of(samples: "xr.DataTree", result: "xr.Dataset") -> dict[str, Any]:
+    """LLC with its error and what it was measured at; of every observable; verdicts on the chains."""
+    from devinterp.slt.diagnosis import diagnose
+
+    names = ("llc_mean", "llc_sem", "rhat", "ess_bulk")
+    numbers = {name: float(result[name]) for name in names}
+    observables = {}
+    for name in result.observable.values if "llc_observable" in result else ():
+        one = result.sel(observable=name)
+        observables[str(name)] = {"llc": float(one.llc_observable), "sem": float(one.llc_observable_sem)}
+    found = diagnose(samples)
+    told = {name: result.attrs[name] for name in ("n_beta", "localization", "sampling_method") if name in result.attrs}
+    lr = samples.attrs.get("metadata", {}).get("step_size", {}).get("lr")
+    return {
+        **numbers, **told, "lr": lr, "observables": observables, "dropped_chains": list(result.attrs["dropped_chains"]),
+        "verdicts": found.verdict.values.tolist(), "sentences": found.attrs["sentences"],
+    }  # fmt: skip
 
 
 def print_settings(samples: "xr.DataTree") -> None:

@@ -1,7 +1,5 @@
 """`devinterp sweep STUDY.toml`: a sweep as a file, its plan, and what came of it."""
 
-import json
-import math
 import warnings
 from dataclasses import asdict
 from pathlib import Path
@@ -9,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from devinterp.cli.printing import inert, print_table
+from devinterp.cli.options import JsonOption
+from devinterp.cli.printing import inert, print_json, print_table
 from devinterp.cli.study_file import StudyFile
 
 if TYPE_CHECKING:
@@ -24,7 +23,7 @@ def sweep_command(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check every input, try a few steps, say what it will take; make nothing.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the plan or the result as JSON.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Sample at every checkpoint of a training and print the LLCs. The same command goes on where it stopped."""
     from devinterp.slt.sweep_forecast import forecast
@@ -35,15 +34,19 @@ def sweep_command(
     arguments = asked.arguments()
     if dry_run:
         plan = forecast(Study.of(**arguments))
-        typer.echo(_as_json(_plan_of(plan)) if as_json else inert("\n".join(_lines(plan, asked))))
+        if as_json:
+            print_json(_plan_of(plan))
+        else:
+            typer.echo(inert("\n".join(_lines(plan, asked))))
         if plan.failed:
             raise typer.Exit(2)
         return
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "[0-9]+ of the sweep's")  # it is printed below
         tree = sweep(**arguments)
-    typer.echo(_as_json(_result_of(tree, asked)) if as_json else "", nl=as_json)
-    if not as_json:
+    if as_json:
+        print_json(result_of(tree, asked.output_path))
+    else:
         print_sweep(tree)
         where = str(asked.output_path)
         typer.echo(f"\nruns in {where!r}; from Python: devinterp.compute_llc({where!r}), devinterp.open_sweep({where!r})")
@@ -83,8 +86,8 @@ def _runs(tree: "xr.DataTree") -> list[dict[str, Any]]:
     return found
 
 
-def _result_of(tree: "xr.DataTree", asked: StudyFile) -> dict[str, Any]:
-    return {"output_path": str(asked.output_path), "runs": _runs(tree), "failed": tree.attrs["failed"]}
+def result_of(tree: "xr.DataTree", path: Path | str) -> dict[str, Any]:
+    return {"output_path": str(path), "runs": _runs(tree), "failed": tree.attrs["failed"]}
 
 
 def _plan_of(plan: "Forecast") -> dict[str, Any]:
@@ -128,16 +131,3 @@ def _duration(seconds: float) -> str:
 
 def _size(count: int) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
-
-
-def _as_json(value: Any) -> str:
-    """One line; what is no number is null."""
-
-    def plain(part: Any) -> Any:
-        if isinstance(part, dict):
-            return {key: plain(each) for key, each in part.items()}
-        if isinstance(part, list | tuple):
-            return [plain(each) for each in part]
-        return None if isinstance(part, float) and not math.isfinite(part) else part
-
-    return json.dumps(plain(value), ensure_ascii=True)
