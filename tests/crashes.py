@@ -57,11 +57,16 @@ class Worlds:
 
 def serve() -> None:
     sys.stdout, replies = sys.stderr, sys.stdout
+    import datasets  # noqa: F401  what a run imports is imported once, here
+    import loky  # noqa: F401
     import torch
+    import transformers  # noqa: F401
     from cases import TinyLM, random_tokens
 
     import devinterp
     from devinterp.store import schema
+
+    devinterp.sample  # noqa: B018
 
     torch.set_num_threads(1)
     schema.MOST_DRAWS_PER_CHUNK, schema.STEPS_PER_CHUNK = 3, 4
