@@ -25,7 +25,7 @@ SETTINGS = [
     ("shuffle", 1), ("save_metrics", "yes"), ("train_mode", 0), ("match_sampling_input_ids_across_chains", None),
     ("sampling_method", "sgld"), ("sampling_method", None), ("on_diverged", "drop"),
     ("device", "cuda:99"), ("device", "cud"), ("device", "cuda:-1"), ("device", "meta"),
-    ("output_path", "s3://bucket/run"), ("output_path", "http://host/run"), ("output_path", "gs://bucket/run"), ("output_path", "file:///run"),
+    ("output_path", "http://host/run"), ("output_path", "ftp://host/run"), ("output_path", "file:///run"),
     ("output_path", "memory::x"), ("output_path", __file__ + "/run"), ("output_path", 3), ("output_path", "a\0b"),
     ("output_path", __file__), ("output_path", "x" * 5000),
     ("loss_fn", 3), ("sampling_method_kwargs", 3),

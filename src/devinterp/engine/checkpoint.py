@@ -136,7 +136,8 @@ class Checkpoint:
     def raw_losses(self, batch: Batch) -> Any:
         """What the caller's loss function returns at the checkpoint, whatever it is."""
         loss_fn = self.loss_fn
-        assert loss_fn is not None
+        if loss_fn is None:
+            raise ValueError("there is no loss function to be called")
         module = _LossModule(self.model, lambda model, given: loss_fn(model, given.given))
         return self._call(module, {**self._frozen, **self.buffers()}, batch, 0)
 

@@ -189,7 +189,8 @@ def _column(argument: str, source: Source, name: str, has_loss_fn: bool) -> Colu
         elif name == "labels":
             _check_labels(argument, block, start, are_tokens=not has_loss_fn)
         digest.update(block.contiguous().view(torch.uint8).numpy().data)
-    assert block is not None  # there is at least one row
+    if block is None:
+        raise InputValueError(got(argument, "data without rows", "at least one row", "Look at how it was made."))
     shape, dtype = tuple(block.shape[1:]), block.dtype
     told = f"{len(source)} rows of {shape[0]}" if name == "input_ids" else f"{len(source)} rows of {shape}, {dtype}"
     digest.update(told.encode())

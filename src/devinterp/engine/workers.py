@@ -15,6 +15,8 @@ from devinterp.engine.checkpoint import check_device
 from devinterp.errors import InputTypeError, InputValueError, got
 
 WORKER_IDLE_SECONDS = 300
+CREDENTIALS = ("AWS_", "GOOGLE_", "AZURE_")
+"""Beginnings of the environment variables by which object stores are reached"""
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,9 @@ class Workers:
             return self.executor
         if self.devices:
             return OnePerDevice(self.devices)
-        executor: Executor = get_reusable_executor(max_workers=count, timeout=WORKER_IDLE_SECONDS)
+        # those that stayed from an earlier run know the credentials of that time
+        credentials = {name: value for name, value in os.environ.items() if name.startswith(CREDENTIALS)}
+        executor: Executor = get_reusable_executor(max_workers=count, timeout=WORKER_IDLE_SECONDS, env=credentials)
         return executor
 
     def end(self, executor: Executor, *, now: bool) -> None:
