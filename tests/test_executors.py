@@ -8,6 +8,7 @@ import threading
 import time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -112,6 +113,31 @@ def test_a_run_and_a_suite_on_an_executor_are_those_of_this_process(kind, model,
     assert again.attrs["metadata"]["computed"]["threads"] == 1
     left = {p.name for run in tmp_path.glob("*.run") for p in run.iterdir()}
     assert left <= {"baseline", "lock", "run.json"} | {f"chain-{i:04d}" for i in range(3)}, "nothing of what was sent is left"
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_a_sweep_on_dask_is_that_of_this_process(data, tmp_path):
+    checkpoints = {}
+    for seed in (1, 2):
+        tiny_model("gpt_neox", "mha", seed=seed).save_pretrained(tmp_path / str(seed))
+        checkpoints[f"step{seed}"] = tmp_path / str(seed)
+    checkpoints["step3"] = partial(tiny_model, "gpt_neox", "mha", seed=3)
+    arguments = SUITE | {"weight_restrictions": {name: RESTRICTIONS[name] for name in ("full", "l0h0", "l1 mlp")}}
+    arguments |= {"lr": "auto", "sampling_task": "x"}
+    with threads(1):
+        devinterp.sweep(
+            checkpoints, data, {"x": data}, output_path=tmp_path / "here", chains_together="sequential", **arguments
+        )
+        with dask_workers() as client:
+            executor = client.get_executor()
+            there = devinterp.sweep(
+                checkpoints, data, {"x": data}, output_path=tmp_path / "there", executor=executor, **arguments
+            )
+    assert not there.attrs["failed"]
+    stores = sorted(path.name for path in (tmp_path / "here").glob("*.zarr"))
+    assert len(stores) == 9
+    for store in stores:
+        assert other_files(tmp_path / "here" / store, tmp_path / "there" / store) == [], store
 
 
 def test_one_process_per_device(model, data, here, tmp_path):
@@ -389,13 +415,8 @@ data = Dataset.from_dict({"input_ids": np.random.default_rng(0).integers(0, 11, 
 arguments = dict(lr=1e-3, n_beta=5.0, num_chains=2, num_draws=3, batch_size=4, localization=1.0, loss_fn=my_loss,
                  num_init_loss_batches=1, progress=False)
 """
-UNGUARDED = 'samples = devinterp.sample(Mine(), data, {}, devices=["cpu", "cpu"], **arguments)\n'
-GUARDED = """
-if __name__ == "__main__":
-    from distributed import Client, LocalCluster
-    with LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=None) as cluster, Client(cluster) as client:
-        samples = devinterp.sample(Mine(), data, {}, executor=client.get_executor(), **arguments)
-"""
+HERE = 'samples = devinterp.sample(Mine(), data, {}, chains_together="processes", **arguments)\n'
+DEVICES = 'samples = devinterp.sample(Mine(), data, {}, devices=["cpu", "cpu"], **arguments)\n'
 ELSEWHERE = """
 import subprocess, time
 from distributed import Client
@@ -410,14 +431,15 @@ finally:
 END = "print(samples.chain_status.values.tolist(), bool(np.isfinite(samples.sampling_loss).all()), flush=True)\n"
 
 
-@pytest.mark.parametrize(("how", "runs"), [(UNGUARDED, 1), (ELSEWHERE, 1)], ids=["devices", "workers started elsewhere"])
-def test_a_script_is_not_run_again_and_its_classes_are_known(how, runs, tmp_path):
+@pytest.mark.parametrize("how", [HERE, DEVICES, ELSEWHERE], ids=["processes", "devices", "workers started elsewhere"])
+def test_a_script_is_not_run_again_and_its_classes_are_known(how, tmp_path):
+    """A script without a main guard."""
     if "distributed" in how:
         pytest.importorskip("distributed", reason="pip install devinterp[dask]")
     (tmp_path / "script.py").write_text(SCRIPT + how + END)
     done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True, timeout=180)
     lines = done.stdout.strip().split("\n")
-    assert lines == ["script"] * runs + ["[1, 1] True"], done.stderr
+    assert lines == ["script", "[1, 1] True"], done.stderr
 
 
 DRIVER = """

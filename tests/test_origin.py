@@ -5,12 +5,14 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from cases import TinyLM
+from torch import nn
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 import devinterp
@@ -177,6 +179,25 @@ def test_threads_may_load_at_once(saved):
         thread.join(60)
     for i, number in enumerate([1, 2, 10] * 4):
         assert same(neox(number), loaded[i])
+
+
+def test_functions_that_make_models_are_called_one_at_a_time():
+    """torch has one generator in a process: two that seed it at once would take each other's numbers."""
+    inside, most = [], []
+
+    def make():
+        inside.append(1)
+        time.sleep(0.02)
+        most.append(len(inside))
+        inside.pop()
+        return nn.Linear(1, 1)
+
+    threads = [threading.Thread(target=Made(make).load, daemon=True) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert most == [1] * 4
 
 
 def test_public_name():

@@ -3,8 +3,6 @@
 import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -72,37 +70,6 @@ def test_in_a_pool_whose_workers_may_have_no_children(tmp_path):
             pool.apply(_sampled, (way, tmp_path / way))
     assert files(tmp_path / "sequential") == files(tmp_path / "processes")
     assert open_store(tmp_path / "processes").attrs["metadata"]["computed"]["way"] == "processes"
-
-
-SCRIPT = """
-import torch, numpy as np
-from datasets import Dataset
-from torch import nn
-import devinterp
-
-print("script", flush=True)
-
-class Mine(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.embed, self.out = nn.Embedding(11, 4), nn.Linear(4, 11)
-    def forward(self, ids):
-        return self.out(self.embed(ids))
-
-def my_loss(model, ids):
-    return nn.functional.cross_entropy(model(ids)[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")
-
-data = Dataset.from_dict({"input_ids": np.random.default_rng(0).integers(0, 11, (32, 6)).tolist()})
-samples = devinterp.sample(Mine(), data, {}, lr=1e-3, n_beta=5.0, num_chains=2, num_draws=3, batch_size=4, localization=1.0,
-                           loss_fn=my_loss, chains_together="processes", num_init_loss_batches=1, progress=False)
-print(samples.chain_status.values.tolist(), bool(np.isfinite(samples.sampling_loss).all()))
-"""
-
-
-def test_a_script_without_a_main_guard_is_not_run_again(tmp_path):
-    (tmp_path / "script.py").write_text(SCRIPT)
-    done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert done.stdout.split("\n")[:2] == ["script", "[1, 1] True"], done.stderr
 
 
 class Deadly(TinyLM):

@@ -6,6 +6,7 @@ import hashlib
 import html as html_module
 import importlib.util
 import json
+import math
 import re
 import shutil
 import socket
@@ -25,6 +26,7 @@ import devinterp
 from devinterp.cli import main
 from devinterp.errors import DevinterpInputError, PackageMissing, StorageError, StoreError
 from devinterp.pictures.page import html
+from devinterp.pictures.page.body import verdicts
 from devinterp.pictures.page.charts import specifications
 from devinterp.pictures.texts import texts_of
 from devinterp.slt.report_runs import runs_of
@@ -259,6 +261,31 @@ def test_json_cannot_end_its_script_and_has_no_nan():
     text = html.data(attack)
     assert not set("<>&\u2028") & set(text)
     assert json.loads(text) == {"x": "</script><!--", "y": [None, 1.5, None], "z": "\u2028 & \ud800"}
+
+
+def test_equal_verdicts_of_many_runs_are_said_once():
+    def run(name, verdicts, reasons):
+        advice = ["" if verdict == "healthy" else f"advice on {verdict}" for verdict in verdicts]
+        return {
+            "name": name,
+            "restriction": "full",
+            "llc": math.nan,
+            "verdicts": verdicts,
+            "reasons": reasons,
+            "advice": advice,
+        }
+
+    runs = [run(f"step{i}", ["spiky", "spiky"], [f"reason {i}"] * 2) for i in range(5)]
+    runs += [run("good", ["healthy"] * 2, ["", ""]), run("late", ["healthy", "diverged"], ["", "after 3 steps"])]
+    text = verdicts({"runs": runs, "full": "full"}, ["a note"]).text
+    assert "1 of 7 runs are healthy" in text
+    assert "6 are not:" in text
+    assert text.count("Try advice on spiky.") == 1
+    assert "<b>5 runs</b>: spiky." in text
+    for i in range(5):
+        assert f"<b>step{i}</b>: all chains (reason {i})" in text
+    assert "<b>late</b>: diverged, chain 1 (after 3 steps). Try advice on diverged." in text
+    assert "a note" in text
 
 
 def test_html_of_any_text_is_text():

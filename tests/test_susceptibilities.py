@@ -310,7 +310,7 @@ BAD = [
     ({"errors": "yes"}, "errors='yes'"),
     ({"include_sampling_task": 1}, "include_sampling_task=1"),
     ({"param_masks": None}, "param_masks"),
-    ({"output_path": "s3://bucket/x"}, "output_path"),
+    ({"output_path": "ftp://bucket/x"}, "output_path"),
     ({"output_path": 3}, "output_path=3"),
     ({"n_beta": -1.0}, "n_beta"),
     ({"num_chain": 2}, "num_chain=2.*Did you mean num_chains"),

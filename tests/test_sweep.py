@@ -379,6 +379,21 @@ def test_checkpoints_side_by_side_give_the_same_bytes(suite, tmp_path):
         assert files_of(tmp_path / "s" / store.name) == files_of(store), store.name
 
 
+def test_every_store_of_a_sweep_is_verified(suite, tmp_path):
+    shutil.copytree(suite, tmp_path / "s")
+    found = devinterp.verify(tmp_path / "s")
+    runs = [devinterp.verify(store) for store in suite.glob("*.zarr")]
+    assert len(runs) == 9
+    assert found.checked == sum(run.checked for run in runs)
+    assert not found.damaged
+    chunk = next((tmp_path / "s" / "step2_mix.zarr" / "step_loss" / "c").rglob("0"))
+    file = next(path for path in (chunk, *chunk.rglob("*")) if path.is_file())
+    file.write_bytes(file.read_bytes()[:-1] + b"!")
+    assert list(devinterp.verify(tmp_path / "s").damaged) == [str(file.relative_to(tmp_path / "s"))]
+    shutil.rmtree(tmp_path / "s" / "step10_out.zarr")  # has not begun
+    assert devinterp.verify(tmp_path / "s").checked < found.checked
+
+
 def test_with_an_executor_workers_load_what_has_a_name(tmp_path, monkeypatch):
     neox(1).save_pretrained(tmp_path / "named")
     loaded, load = [], Pretrained.load

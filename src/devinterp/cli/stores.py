@@ -120,7 +120,9 @@ def report_command(
 
 
 def verify_command(
-    store: Annotated[str, typer.Argument(help="Directory or URL of a store.")], *, as_json: JsonOption = False
+    store: Annotated[str, typer.Argument(help="Directory or URL of a store, or the folder of a sweep.")],
+    *,
+    as_json: JsonOption = False,
 ) -> None:
     """Compare every file of a store with what was written; exit code 1 where one differs."""
     from devinterp.store.verification import verify

@@ -13,8 +13,9 @@ from torch import nn
 
 from devinterp.errors import InputTypeError, InputValueError, got
 
-_LOADING = threading.Lock()
-"""transformers patches torch while it loads: two at once would leave weights that were never read"""
+_LOADING = threading.RLock()
+"""transformers patches torch while it loads: two at once would leave weights that were never read. A function that makes a
+model may seed torch's one generator: two at once would take each other's numbers."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,8 @@ class Made:
 
     def load(self, argument: str = "checkpoint") -> nn.Module:
         """What the function returns, checked to be a module."""
-        model = self.make()
+        with _LOADING:
+            model = self.make()
         if not isinstance(model, nn.Module):
             raise InputTypeError(got(argument, model, "a function that returns an nn.Module", f"{self} returned this."))
         return model

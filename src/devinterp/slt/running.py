@@ -9,58 +9,23 @@ from typing import Any, TypeVar
 
 import xarray as xr
 
-from devinterp.engine.chain import Plan
 from devinterp.engine.dispatch import Death, Step, do
-from devinterp.engine.placement import Placement, num_cores
 from devinterp.engine.progress import Progress
 from devinterp.engine.stopping import Stop, stop_signals
 from devinterp.errors import ChainDiverged, ChainFailed
 from devinterp.slt.planning import Planned, Question, plan_all
 from devinterp.slt.requests import Request
+from devinterp.slt.tasks import Run, chain_tasks
 from devinterp.store.folder import RunFolder
 from devinterp.store.mirror import Mirror, discard, only_writer_at
 from devinterp.store.reader import metadata_of, open_store
 from devinterp.store.recording import Baseline, Chains, Failure, record
 from devinterp.store.runs import Stored, metadata_for, open_writer
 from devinterp.store.schema import COMPLETE, DIVERGED, FAILED
-from devinterp.store.writer import StoreWriter
 
 logger = logging.getLogger("devinterp")
 
-RUNS_TOGETHER = 8
-"""Restrictions that step together at most: they share passes through frozen layers, each with vectors of its own in memory"""
-
 Found = TypeVar("Found")
-
-
-@dataclass(frozen=True)
-class Run:
-    """A run that is planned and has a store, of which this process is the only writer."""
-
-    request: Request
-    plan: Plan
-    store: StoreWriter
-    placement: Placement
-    mirror: Mirror | None = None
-    """copies it to its object store"""
-
-    @property
-    def finished(self) -> set[int]:
-        """Chains of which nothing is left to do. What failed once, for lack of memory or disk, is run again."""
-        return set() if self.store.folder is None else self.store.folder.finished_chains()
-
-    @property
-    def walkers(self) -> list[tuple[int, ...]]:
-        """What is left to do: chains that have begun together go on together."""
-        begun = [] if self.store.folder is None else self.store.folder.begun()
-        known = self.finished.union(*begun)
-        return begun + self.placement.chains_per_walker(
-            [chain for chain in range(self.plan.settings.num_chains) if chain not in known]
-        )
-
-    @property
-    def needs_baseline(self) -> bool:
-        return self.store.folder is None or not self.store.folder.has_baseline()
 
 
 def run(request: Request, bar: Progress) -> xr.DataTree:
@@ -210,7 +175,7 @@ def _carry_out(runs: Sequence[Run], source: Path | str | None, bar: Progress, st
             for i in numbers
             if runs[i].needs_baseline
         ]
-        tasks += _chain_tasks(runs, numbers, walkers, placement)
+        tasks += chain_tasks(runs, numbers, walkers, placement)
         steps = do(record, [task for _, task in tasks], placement, runs[numbers[0]].request.site)
         outcomes = _followed(steps, runs, bar, stop)
         for (members, task), outcome in zip(tasks, outcomes, strict=True):
@@ -244,52 +209,6 @@ def _followed(steps: Generator[Step, None, list[Any]], runs: Sequence[Run], bar:
                     if kept
                     else "Nothing is kept: the run had no output_path."
                 )
-
-
-def _chain_tasks(
-    runs: Sequence[Run], numbers: Sequence[int], walkers: Sequence[list[tuple[int, ...]]], placement: Placement
-) -> list[tuple[list[int], Chains]]:
-    """Who steps together: where modules are frozen, as many as share them, spread evenly over the workers."""
-    workers = runs[numbers[0]].request.inputs.workers
-    shared = [i for i in numbers if runs[i].plan.forward.prefix is not None and walkers[i]]
-    groups: list[tuple[list[int], list[list[tuple[int, ...]]]]] = []
-    if not workers.are_known:  # of no number that is known: one chain of a few runs each
-        for start in range(0, len(shared), RUNS_TOGETHER):
-            some = shared[start : start + RUNS_TOGETHER]
-            for k in range(max(len(walkers[i]) for i in some)):
-                members = [i for i in some if k < len(walkers[i])]
-                groups.append((members, [[walkers[i][k]] for i in members]))
-    else:
-        at_once = len(workers.devices) or (max(1, num_cores() // placement.threads) if placement.way == "processes" else 1)
-        groups += _spread(shared, walkers, at_once)
-    groups += [([i], [[walker]]) for i in numbers if i not in shared for walker in walkers[i]]
-    return [
-        (
-            members,
-            Chains(
-                tuple(runs[i].plan for i in members),
-                tuple(runs[i].store for i in members),
-                tuple(map(tuple, of_each)),
-                stop_at_divergence=runs[members[0]].request.inputs.on_diverged == "raise",
-                checkpoint_every=runs[members[0]].request.inputs.paths.checkpoint_every,
-            ),
-        )
-        for members, of_each in groups
-    ]  # fmt: skip
-
-
-def _spread(
-    shared: list[int], walkers: Sequence[list[tuple[int, ...]]], workers: int
-) -> list[tuple[list[int], list[list[tuple[int, ...]]]]]:
-    """Over a known number of workers: of one run, its chains; of several, whole runs."""
-    if len(shared) == 1:
-        (i,) = shared
-        return [([i], [walkers[i][worker::workers]]) for worker in range(min(workers, len(walkers[i])))]
-    if not shared:
-        return []
-    count = max(-(-len(shared) // RUNS_TOGETHER), min(workers, len(shared)))
-    # each layer costs something else: dealt out in turn
-    return [(shared[number::count], [walkers[i] for i in shared[number::count]]) for number in range(count)]
 
 
 def _failures_of(runs: Sequence[Run], members: Sequence[int], task: Baseline | Chains, outcome: Any) -> dict[int, Failure]:

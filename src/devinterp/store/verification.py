@@ -7,11 +7,13 @@ from pathlib import Path
 import numpy as np
 import xarray as xr
 
+from devinterp.errors import StoreError, shown
 from devinterp.store.folder import RunFolder, damaged_files
 from devinterp.store.objects import Objects, is_url
 from devinterp.store.reader import open_store
 from devinterp.store.remote import damaged_objects, looked_at
 from devinterp.store.schema import COMPLETE
+from devinterp.store.sweeps import Sweep, file_name, is_sweep
 from devinterp.store.writer import array_of, stored_group
 
 
@@ -28,23 +30,40 @@ class Verified:
 
 
 def verify(store: str | os.PathLike[str]) -> Verified:
-    """Look at every file of a run's store, without changing anything.
+    """Look at every file of a run's store, or of all stores of a sweep, without changing anything.
 
     Each is compared with the digest in the folder beside the store (`<store>.run`). A store that has come without it is read
     chunk by chunk: each carries a checksum, and none may be missing of a chain that is complete.
 
     Args:
-        store: the run's `output_path`, a URL too: then every object is read.
+        store: the run's `output_path`, a URL too: then every object is read; or that of a sweep: files are then named with
+            their store before them, and runs that have not begun are left out.
 
     Raises:
-        StoreError: this is no store.
+        StoreError: this is no store, or a sweep of which no run has begun.
         StorageError: an object store cannot be reached.
     """
     if is_url(store):
         objects = Objects.of(os.fspath(store))
         with looked_at(objects) as (path, _):
             return _against_records(path, objects) or _read_through(objects.url, objects)
+    if is_sweep(store):
+        return _every_run(Path(store).expanduser())
     return _against_records(Path(store), None) or _read_through(Path(store), None)
+
+
+def _every_run(folder: Path) -> Verified:
+    sweep, found = Sweep.read(folder), Verified()
+    names = [file_name(checkpoint, restriction) for checkpoint in sweep.checkpoints for restriction in sweep.of_each]
+    begun = [name for name in names if (folder / name).exists()]
+    if not begun:
+        raise StoreError(f"no run of the sweep in {shown(str(folder), 300)} has begun.")
+    for name in begun:
+        run = verify(folder / name)
+        found.checked += run.checked
+        found.damaged |= {f"{name}/{file}": of for file, of in run.damaged.items()}
+        found.without_digests |= run.without_digests
+    return found
 
 
 def _against_records(path: Path, objects: Objects | None) -> Verified | None:

@@ -53,7 +53,7 @@ def verdicts(values: Values, notes: Sequence[str]) -> Raw:
     sick = [run for run in runs if set(run["verdicts"]) != {"healthy"}]
     count = f"{len(runs) - len(sick)} of {len(runs)} runs are" if sick else f"All {len(runs)} runs are"
     first = f"{count} healthy: their chains are level, without spikes, and agree." + (f" {len(sick)} are not:" if sick else "")
-    lines = [tag("li", tag("b", run["name"]), ": ", " ".join(_complaints(run))) for run in sick]
+    lines = [_told(verdict, advice, of) for (verdict, advice), of in _complaints(sick).items()]
     whole = [run for run in runs if run["restriction"] == values["full"] and math.isfinite(run["llc"])]
     trend = []
     if len(whole) > 1:
@@ -63,18 +63,31 @@ def verdicts(values: Values, notes: Sequence[str]) -> Raw:
     return Raw(joined([*trend, tag("p", first), tag("ul", *lines) if lines else Raw(""), *[tag("p", note) for note in notes]]))
 
 
-def _complaints(run: Values) -> list[str]:
-    """Each different one with its chains."""
-    found: dict[tuple[str, str, str], list[int]] = {}
-    for chain, what in enumerate(zip(run["verdicts"], run["reasons"], run["advice"], strict=True)):
-        if what[0] != "healthy":
-            found.setdefault(what, []).append(chain)
-    count = len(run["verdicts"])
-    lines = []
-    for (verdict, reason, advice), chains in found.items():
-        who = "all chains" if len(chains) == count > 1 else f"chain{'s' * (len(chains) > 1)} {', '.join(map(str, chains))}"
-        lines.append(f"{who}: {verdict} ({reason})." + (f" Try {advice}." if advice else ""))
-    return lines
+def _complaints(runs: Sequence[Values]) -> dict[tuple[str, str], list[tuple[str, str]]]:
+    """(verdict, advice) -> the runs that it is said of, each with its chains and the reason."""
+    found: dict[tuple[str, str], list[tuple[str, str]]] = {}
+    for run in runs:
+        chains: dict[tuple[str, str, str], list[int]] = {}
+        for chain, what in enumerate(zip(run["verdicts"], run["advice"], run["reasons"], strict=True)):
+            if what[0] != "healthy":
+                chains.setdefault(what, []).append(chain)
+        count = len(run["verdicts"])
+        for (verdict, advice, reason), which in chains.items():
+            who = "all chains" if len(which) == count > 1 else f"chain{'s' * (len(which) > 1)} {', '.join(map(str, which))}"
+            found.setdefault((verdict, advice), []).append((run["name"], f"{who} ({reason})"))
+    return found
+
+
+def _told(verdict: str, advice: str, of: Sequence[tuple[str, str]]) -> Raw:
+    """One complaint: of a run in a sentence, of several with a list that opens."""
+    fix = f" Try {advice}." if advice else ""
+    names = list(dict.fromkeys(name for name, _ in of))
+    if len(of) == 1:
+        ((name, why),) = of
+        return tag("li", tag("b", name), f": {verdict}, {why}.{fix}")
+    where = tag("ul", *[tag("li", tag("b", name), f": {why}") for name, why in of])
+    shown = names[0] if len(names) == 1 else f"{len(names)} runs"
+    return tag("li", tag("b", shown), f": {verdict}.{fix}", tag("details", tag("summary", "Which chains, and why"), where))
 
 
 def runs_table(runs: Sequence[Values], full: str) -> Raw:
