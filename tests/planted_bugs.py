@@ -34,6 +34,7 @@ LAWS, CHAIN, MODEL, LLC = "tests/test_laws.py", "tests/test_chain.py", "tests/te
 SGLD, LM = "samplers/sgld.py", "samplers/leimkuhler_matthews.py"
 BIF, SUS, DEAD = "tests/test_bif.py", "tests/test_susceptibilities.py", "tests/test_dead_heads.py"
 IDENTITY, FUNCTIONS, CODE = "tests/test_identity.py", "tests/test_fingerprints.py", "store/kinds.py"
+SPREAD, ORIGIN = "tests/test_several_devices.py", "tests/test_origin.py"
 FAST, PLACE = "tests/test_fast_paths.py", "tests/test_placement.py"
 STRANGERS, ATTRIBUTES = "tests/test_strangers.py", "tests/test_hostile_metadata.py"
 NAMES, DOORS, GUARD = "tests/test_hostile_names.py", "tests/test_no_side_doors.py", "store/guard.py"
@@ -127,6 +128,9 @@ BUGS = [
     Bug("divergence dated at the look", LOOP, "yield Diverged(chain, first)", "yield Diverged(chain, t)", FAST),
     Bug("chains of a vmap share their noise", LOOP, "row.normal_(generator=rng)", "row.normal_(generator=rngs[0])", PLACE),
     Bug("a diverged chain ends its group", LOOP, "if not watch.alive:", "if len(watch.alive) < len(chains):", PLACE),
+    Bug("pieces stay on the first device", "engine/selection.py", "leaf.to(self.parameter.device, self", "leaf.to(self", SPREAD),
+    Bug("anchors stay on their device", "engine/selection.py", ".to(self.device)\n", "\n", SPREAD),
+    Bug("models made side by side", "engine/origin.py", "        with _LOADING:\n            model = self.make()", "        model = self.make()", ORIGIN),
     Bug("no baseline where chains are done", "slt/running.py", "if runs[i].needs_baseline", "if walkers[i]", PLACE),
     Bug("a death takes all chains", "engine/dispatch.py", "yield from attempt(again)", "break", PLACE),
     Bug("stores opened unseen", "store/reader.py", "    check_store(folder, ours=ours)\n", "", STRANGERS),

@@ -72,7 +72,7 @@ def test_odd_parameters_that_stay_as_they_are_do_not_matter(change):
     assert devinterp.sample(model_with(change), DATA, {}, param_masks={"out.bias": None}, **GOOD).attrs["completed"]
 
 
-def test_a_model_on_several_devices_is_refused():
+def test_a_model_that_is_partly_offloaded_is_refused():
     model = TinyLM()
     model.parameters = lambda: iter(
         [SimpleNamespace(device=torch.device("cuda:0")), SimpleNamespace(device=torch.device("cpu"))]

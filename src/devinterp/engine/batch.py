@@ -74,7 +74,7 @@ class Batch:
 
 def only_counted(losses: Tensor, counted: Tensor | None) -> Tensor:
     """Losses with 0 where none counts: sums, gradients and looks for what is not finite then leave those out."""
-    return losses if counted is None else torch.where(counted, losses, 0.0)
+    return losses if counted is None else torch.where(counted.to(losses.device), losses, 0.0)
 
 
 def marked(losses: Tensor, counted: Tensor | None) -> Tensor:

@@ -30,8 +30,8 @@ def token_losses(model: nn.Module, batch: Batch) -> Tensor:
 
     Of a causal model every token given those before it: its targets are one token further on than its logits.
     """
-    targets = batch.targets
-    logits = logits_of(model, batch)[:, : targets.shape[1]]
+    logits = logits_of(model, batch)[:, : batch.targets.shape[1]]
+    targets = batch.targets.to(logits.device)  # of a model on several devices that of its last layer
     flat = logits.reshape(-1, logits.shape[-1]).float()
     return nn.functional.cross_entropy(flat, targets.reshape(-1), reduction="none").view(targets.shape)
 
@@ -130,7 +130,8 @@ class Checkpoint:
         `seed` is for the dropout of `train_mode`; the global generators are put back.
         """
         state = {**self._frozen, **{f"model.{name}": tensor for name, tensor in moved.items()}, **buffers}
-        return self._call(self._module, state, batch, seed).float()
+        losses: Tensor = self._call(self._module, state, batch, seed).float()
+        return losses
 
     @torch.no_grad()
     def raw_losses(self, batch: Batch) -> Any:
@@ -144,15 +145,16 @@ class Checkpoint:
     @torch.no_grad()
     def logits(self, batch: Batch) -> Tensor:
         """Logits at the checkpoint itself, shape (batch, token, vocabulary)."""
-        return self._call(_LossModule(self.model, logits_of), {**self._frozen, **self.buffers()}, batch, 0)
+        logits: Tensor = self._call(_LossModule(self.model, logits_of), {**self._frozen, **self.buffers()}, batch, 0)
+        return logits
 
-    def _call(self, module: nn.Module, state: Mapping[str, Tensor], batch: Batch, seed: int | str) -> Tensor:
+    def _call(self, module: nn.Module, state: Mapping[str, Tensor], batch: Batch, seed: int | str) -> Any:
         every_gpu = range(torch.cuda.device_count())  # manual_seed reaches all of them
         with torch.random.fork_rng(every_gpu) if self.train_mode else nullcontext():
             if self.train_mode:
                 torch.manual_seed(stream_seed("dropout", seed) % 2**63)
-            result: Tensor = functional_call(module, dict(state), (batch,))
-        return result
+            result: Any = functional_call(module, dict(state), (batch,))
+        return result.to(self.device) if isinstance(result, Tensor) else result
 
     def detached(self) -> dict[str, Tensor]:
         """The parameters as new tensors on the same memory: `requires_grad` set on them leaves the caller's alone."""
@@ -180,6 +182,11 @@ def _device_of(model: nn.Module) -> torch.device:
     return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
+def is_spread(model: nn.Module) -> bool:
+    """Whether it lies on several devices, as `device_map` of transformers loads it. Its batches go to the first of them."""
+    return len({p.device for p in model.parameters()}) > 1
+
+
 def check_model(model: Any) -> None:
     """What can be seen without a forward pass: placement, dtypes, finite weights."""
     if not isinstance(model, nn.Module):
@@ -190,9 +197,10 @@ def check_model(model: Any) -> None:
         raise InputValueError(got("model", type(model).__name__, "a module with parameters", "It has none to sample."))
     if torch.device("meta") in devices:
         raise InputValueError(got("model", "parameters on the meta device", "loaded weights", "Load the checkpoint."))
-    if len(devices) > 1:
+    if len({device.type for device in devices}) > 1:
         listed = sorted(map(str, devices))
-        raise InputValueError(got("model", f"on devices {listed}", "on one device", "Load it without device_map."))
+        fix = "Load it without device_map, or on enough GPUs that none of it is offloaded."
+        raise InputValueError(got("model", f"on devices {listed}", "on one device, or on several of one kind", fix))
     for name, module in model.named_modules():
         if "quantized" in type(module).__module__.split("."):
             fix = "Load it unquantised: no gradient passes through such a module."
@@ -208,6 +216,11 @@ def check_model(model: Any) -> None:
 def check_device(model: nn.Module, device: Any) -> torch.device:
     """The device asked for; otherwise the model's own, or a GPU where there is one."""
     own = _device_of(model)
+    if is_spread(model):
+        if device is not None:
+            fix = "Leave it out: the model stays where it is, and its chains run one after another in this process."
+            raise InputValueError(got("device", str(device), "None for a model on several devices", fix))
+        return own
     if device is None:
         return torch.device("cuda", torch.cuda.current_device()) if own.type == "cpu" and torch.cuda.is_available() else own
     count = torch.cuda.device_count()

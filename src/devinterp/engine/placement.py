@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from devinterp.engine.chain import Plan
+from devinterp.engine.checkpoint import is_spread
 
 LONG_RUN = 3e11
 """Floating-point operations from which starting worker processes (their imports take seconds) pays"""
@@ -57,6 +58,8 @@ def decide(asked: str, plan: Plan, num_runs: int = 1, handed_out: bool = False) 
 
 def _rule(plan: Plan, num_runs: int) -> str:
     on_cpu, chains = plan.selection.device.type == "cpu", plan.settings.num_chains
+    if is_spread(plan.checkpoint.model):
+        return "sequential"
     step, whole = operations(plan)
     many, tiny = (MANY_CHAINS, TINY_STEP) if on_cpu else (2, TINY_STEP_ELSEWHERE)
     if chains >= many and step <= tiny and not plan.settings.train_mode:

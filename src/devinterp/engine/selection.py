@@ -1,7 +1,8 @@
 """Which elements move, gathered into one flat vector, whatever the architecture.
 
 Weights, gradient, noise and sampler state of a chain are vectors of this one length. They are float32 masters for models in
-half precision, since there the noise of a step would be lost in rounding (float64 models stay float64).
+half precision, since there the noise of a step would be lost in rounding (float64 models stay float64). Of a model that is
+spread over several devices they lie on the first, and its parameters get their part of them on their own.
 """
 
 import difflib
@@ -46,7 +47,7 @@ class Piece:
 
     def place(self, leaf: Tensor, cast: bool = True) -> Tensor:
         """The parameter with its moving elements taken from `leaf`, differentiable in `leaf`."""
-        leaf = leaf.to(self.parameter.dtype) if cast else leaf
+        leaf = leaf.to(self.parameter.device, self.parameter.dtype if cast else leaf.dtype)
         if self.index is None:
             return leaf
         return self.parameter.to(leaf.dtype).reshape(-1).index_copy(0, self.index, leaf).view(self.parameter.shape)
@@ -79,7 +80,8 @@ class Selection:
             pieces.append(Piece(name, parameter, index, start, stop))
             start = stop
         wide = any(piece.parameter.dtype == torch.float64 for piece in pieces)
-        return cls(tuple(pieces), start, torch.float64 if wide else torch.float32, pieces[0].parameter.device)
+        first = next(iter(parameters.values()))
+        return cls(tuple(pieces), start, torch.float64 if wide else torch.float32, first.device)
 
     def initial(self) -> Tensor:
         """A new flat vector with the weights of the checkpoint."""
@@ -107,7 +109,7 @@ class Selection:
         for start in range(0, self.size, length):
             stop = min(start + length, self.size)
             parts = tuple(
-                piece.anchor(max(start, piece.start) - piece.start, min(stop, piece.stop) - piece.start)
+                piece.anchor(max(start, piece.start) - piece.start, min(stop, piece.stop) - piece.start).to(self.device)
                 for piece in self.pieces
                 if piece.start < stop and start < piece.stop
             )

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from devinterp.engine.checkpoint import check_device
+from devinterp.engine.checkpoint import check_device, is_spread
 from devinterp.errors import InputTypeError, InputValueError, got
 
 WORKER_IDLE_SECONDS = 300
@@ -61,6 +61,10 @@ class Workers:
 
 def check_workers(executor: Any, devices: Any, device: Any, model: nn.Module) -> Workers:
     """`executor` and `devices` of `sample`, checked."""
+    if is_spread(model) and (executor is not None or devices is not None):
+        name, given = ("executor", type(executor)) if executor is not None else ("devices", devices)
+        fix = "Its chains run one after another in this process; workers would need all of its devices each."
+        raise InputValueError(got(name, given, "None for a model on several devices", fix))
     if executor is not None:
         if not isinstance(executor, Executor):
             fix = "Of a Dask client take client.get_executor()."

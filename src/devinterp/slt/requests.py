@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from devinterp.engine.batch import IDS
 from devinterp.engine.batches import Batches
 from devinterp.engine.cargo import Origin
-from devinterp.engine.checkpoint import Checkpoint, check_device, check_model
+from devinterp.engine.checkpoint import Checkpoint, check_device, check_model, is_spread
 from devinterp.engine.dispatch import Site, device_type
 from devinterp.engine.observables import Observable, check_observables
 from devinterp.engine.placement import num_cores
@@ -81,6 +81,9 @@ class Inputs:
         choice("record", "raise")("on_diverged", on_diverged)
         check_model(model)
         workers = check_workers(executor, devices, device, model)
+        if paths.chains_together == "processes" and is_spread(model):
+            fix = "Leave it out: its chains run one after another in this process."
+            raise InputValueError(got("chains_together", "processes", "another for a model on several devices", fix))
         checked_device = _device(model, device, workers)
         if loss_fn is not None and not callable(loss_fn):
             fix = "None takes the next-token cross-entropy."
