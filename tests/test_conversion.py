@@ -1,6 +1,9 @@
 """Stores in other forms hold the same numbers, and give the same estimates."""
 
 import json
+import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +40,24 @@ def test_a_table_gives_the_llcs(run, tmp_path):
     np.testing.assert_allclose(on_a.mean(), result.llc_observable.item(), rtol=1e-5)
     stored = json.loads(table.schema.metadata[b"devinterp"])
     assert stored["config"]["sampler"]["n_beta"] == GOOD["n_beta"]
+
+
+def has_r() -> bool:
+    return (
+        shutil.which("Rscript") is not None
+        and subprocess.run(["Rscript", "-e", "library(ncdf4)"], capture_output=True).returncode == 0
+    )
+
+
+@pytest.mark.skipif(not has_r(), reason="R with ncdf4 is not installed")
+def test_the_r_code_of_the_docs_gives_our_llc(run, tmp_path):
+    pytest.importorskip("h5netcdf")
+    convert(run, tmp_path / "step10000.nc")
+    page = (Path(__file__).parent.parent / "docs" / "other_languages.md").read_text()
+    code = next(block for block in re.findall(r"```r\n(.*?)```", page, re.DOTALL) if "nc_open" in block)
+    done = subprocess.run(["Rscript", "-e", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    values = [float(part) for part in done.stdout.split() if not part.startswith("[")]
+    np.testing.assert_allclose(values, devinterp.compute_llc(run).llc_per_chain, rtol=1e-6, err_msg=done.stderr)
 
 
 def test_netcdf_holds_every_variable(run, tmp_path):
