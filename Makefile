@@ -17,7 +17,7 @@ demo: .venv/.installed  ## train a small model on Python's own source: LLC over 
 	$(BIN)/python examples/code_and_prose.py
 
 test: lint  ## lint, types and the tests that run in minutes
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 lint: .venv/.installed  ## format, lint and types
 	$(BIN)/ruff format --check .

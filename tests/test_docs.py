@@ -209,6 +209,14 @@ def test_blocks_that_are_not_run_are_few_and_say_why():
     assert len(skipped) <= MOST_SKIPPED
 
 
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CHANGELOG.md", ROOT / "SECURITY.md"], ids=lambda page: page.name)
+def test_relative_links_lead_to_files(page):
+    """Anchors, and links between pages, are the site's to check (`make docs`)."""
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)\s]*)?\)", text):
+        assert "://" in target or target.startswith("mailto:") or (page.parent / target).exists(), target
+
+
 def test_every_block_is_found():
     """A fence in a list, or a comment one line too far away, would be passed over."""
     for page in PAGES:
