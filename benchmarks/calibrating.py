@@ -1,16 +1,17 @@
 """`calibrate` on language models: healthy on the first try, how long it takes, and whether smaller steps give the same LLC.
 
-python benchmarks/calibrating.py [--report]       (after `make demo`; about 20 minutes on two idle cores)
+python benchmarks/calibrating.py [--report] [--most N]       (after `make demo`; about 20 minutes on two idle cores)
 
 The demo's checkpoints, and small models of other architectures trained for a moment on the demo's text. Each is calibrated with
 nothing given but n_beta and batch size, sampled with what was found, and sampled again with a quarter of the step size and eight
-times the steps. Each row is kept in build/calibrating.jsonl, so a run that was cut off goes on.
+times the steps. Each row is kept in build/calibrating.jsonl, so a run that was cut off goes on. With --most, N models are measured
+and nothing is written to RESULTS.md; with --report what is kept is.
 """
 
+import argparse
 import datetime
 import json
 import math
-import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -74,6 +75,10 @@ def measure(name: str, model: nn.Module, data: Any) -> dict[str, Any]:
 
 
 def main() -> None:
+    arguments = argparse.ArgumentParser()
+    arguments.add_argument("--report", action="store_true", help="measure nothing; report what is kept")
+    arguments.add_argument("--most", type=int, metavar="N", help="measure this many models; write no report")
+    chosen = arguments.parse_args()
     warnings.simplefilter("ignore")
     CACHE.parent.mkdir(exist_ok=True)
     CACHE.touch()
@@ -84,11 +89,14 @@ def main() -> None:
         for path in sorted((DEMO / "checkpoints").iterdir())
     }
     models |= {f"{name}, {TRAINING_STEPS} steps": lambda make=make: trained(make(), data) for name, make in OTHERS.items()}
-    for name in {} if "--report" in sys.argv else sorted(models.keys() - rows.keys(), key=lambda name: name.startswith("demo")):
+    left = [] if chosen.report else [name for name in reversed(models) if name not in rows]
+    for name in left[: chosen.most]:
         rows[name] = measure(name, models[name](), data)
         print(rows[name], flush=True)
         with CACHE.open("a") as file:
             file.write(json.dumps(rows[name]) + "\n")
+    if chosen.most is not None:
+        return
     lines = [
         f"`python benchmarks/calibrating.py`, {datetime.date.today()}, {machine()}. n_beta {GIVEN['n_beta']:g}, batches of "
         f"{GIVEN['batch_size']}; nothing else given. The last run has a quarter of the step size and eight times the steps; the difference is "

@@ -1,6 +1,6 @@
 """LLCs with known answers, by the settings that `calibrate` finds: nothing is tuned by hand.
 
-python benchmarks/known_llc.py [--only KIND] [--fresh] [--report]      (about 20 minutes on two idle cores; writes docs/accuracy.md)
+python benchmarks/known_llc.py [--only KIND] [--most N] [--fresh] [--report]      (about 20 minutes on two idle cores; writes docs/accuracy.md)
 
 Quadratics, regression, reduced rank regression and deep linear networks at their deepest point, normal crossings. All in full
 batches, so that the sampler alone is on trial. Each row is kept in build/known_llc.jsonl, so a run that was cut off goes on.
@@ -182,6 +182,7 @@ def main() -> None:
     arguments = argparse.ArgumentParser()
     arguments.add_argument("--fresh", action="store_true", help="measure again what is kept")
     arguments.add_argument("--only", choices=KINDS, help="one kind; writes no report")
+    arguments.add_argument("--most", type=int, metavar="N", help="measure this many cases; writes no report")
     arguments.add_argument("--report", action="store_true", help="measure nothing; report what is kept")
     arguments.add_argument("--processes", type=int, default=2)
     chosen = arguments.parse_args()
@@ -194,14 +195,14 @@ def main() -> None:
     wanted = {f"{case.kind}: {case.name}": case.n_beta for _, _, case in cases}
     kept = {row["case"]: row for row in map(json.loads, CACHE.read_text().splitlines())}
     kept = {name: row for name, row in kept.items() if wanted.get(name) == row["n_beta"]}
-    left = [] if chosen.report else [each for each in cases if f"{each[2].kind}: {each[2].name}" not in kept]
+    left = [] if chosen.report else [each for each in cases if f"{each[2].kind}: {each[2].name}" not in kept][: chosen.most]
     with ProcessPoolExecutor(chosen.processes, mp_context=get_context("spawn")) as pool:
         for row in pool.map(measure, [kind for kind, _, _ in left], [number for _, number, _ in left]):
             with CACHE.open("a") as file:
                 file.write(json.dumps(row) + "\n")
             kept[row["case"]] = row
             print(row, flush=True)
-    if not chosen.only:
+    if not chosen.only and chosen.most is None:
         text = report([case for _, _, case in cases], kept)
         print(text)
         (ROOT / "docs" / "accuracy.md").write_text(text)
