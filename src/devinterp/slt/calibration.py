@@ -227,10 +227,12 @@ def _reasons(
     )
     yield from (f"  not {one}" for one in tried if not one.works)
     here = table.sel(localization=taken.localization)
-    h_max, trace = float(here["h_max_pilot"].max()), here["trace_pilot"]
+    h_max, trace = float(max(here["h_max_checkpoint"].max(), here["h_max_pilot"].max())), here["trace_pilot"]
+    share = taken.lr / min(float(found["lr"]) for found in taken.step_sizes.values())
     yield (
-        f"lr={taken.lr:.3g}: 1 / (n_beta h_max + localization), h_max {h_max:.3g} where pilots end; tr(H) "
-        f"{float(trace.mean()):.3g}"
+        f"lr={taken.lr:.3g}: 1 / (n_beta h_max + localization), h_max {h_max:.3g} the largest met"
+        + (f", times {share:.3g}, since chains were not stable with more" if share < 0.99 else "")
+        + f"; tr(H) {float(trace.mean()):.3g}"
         + (f", {float(trace.min()):.3g} to {float(trace.max()):.3g} over the cases." if trace.size > 1 else ".")
     )
     yield f"num_burnin_steps={taken.burn_in}: leaves {SETTLED:.0%} of the transient where only the prior acts."
