@@ -251,6 +251,8 @@ BUGS = [
     Bug("step sizes from short pilots", "slt/pilots.py", "if burn_in > SHORT_PILOT else found", "if False else found",
         f"{CALIBRATION}::test_step_sizes_see_curvature_that_grows_all_through_the_burn_in"),
     Bug("two chains where there are few directions", "engine/curvature.py", "math.ceil(PILOT_DIRECTIONS / plan.selection.size)", "0", "tests/test_curvature.py"),
+    Bug("the curvature where a pilot ends alone", "engine/curvature.py", "max(seen, key=lambda found: found.precision)", "seen[-1]", "tests/test_curvature.py"),
+    Bug("long runs not tried", "slt/calibration.py", "        if long.works:\n", "        if True:\n", f"{CALIBRATION}::test_long_runs_are_tried_at_their_length"),
     Bug("disagreement taken for noise", "analysis/verdicts.py", ".is_sure and not alone:", ".is_sure:", DIAGNOSIS),
     Bug("workers started where none may be", "engine/dispatch.py", "if multiprocessing.current_process().daemon:", "if False:", PLACE),
     Bug("the first token predicted from padding", OBJECTIVE, ", attended[:, : self.positions].bool()]", "]", MASKS),

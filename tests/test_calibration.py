@@ -12,6 +12,7 @@ from zoo import tiny_model
 
 import devinterp
 from devinterp.engine.curvature import gradient_noise
+from devinterp.engine.settings import Settings
 from devinterp.errors import DevinterpError
 from devinterp.slt.pilots import Pilots, cases_of, settling_steps
 
@@ -66,6 +67,33 @@ def test_a_pilot_that_looks_sick_gets_another_look(monkeypatch):
     sick, looks[:] = set(range(10)), []
     with pytest.raises(DevinterpError, match="localization 8: spiky"):
         devinterp.calibrate(model, data, **settings)
+
+
+@pytest.mark.parametrize(("sick_above", "lr", "localization"), [(1 / 100, 1 / 352, 8.0), (1 / 400, 1 / 160, 80.0)])
+def test_long_runs_are_tried_at_their_length(monkeypatch, sick_above, lr, localization):
+    """Chains as long as the run are taken for spiky at 8 and a larger lr: a quarter of it, then a stronger localization."""
+    model, data, looks = Weights(torch.zeros(40)), rows(20), []
+    settings = {"loss_fn": stiff_and_flat, "accuracy": 0.01, "num_init_loss_batches": 1, **SHORT}
+
+    def look(samples):
+        found, took = devinterp.diagnose(samples), samples.attrs["metadata"]["config"]["sampler"]
+        looks.append((took["num_draws"] * took["num_steps_bw_draws"], took["init_seed"]))
+        sick = took["localization"] == 8.0 and took["lr"] > sick_above and took["init_seed"] == Settings.init_seed + 2
+        return found.assign(verdict=("chain", ["spiky", "healthy", "healthy", "healthy"])) if sick else found
+
+    monkeypatch.setattr("devinterp.slt.pilots.diagnose", look)
+    found = devinterp.calibrate(model, data, localization=[8.0, 80.0], max_steps=400, **settings)
+    assert found.settings["localization"] == localization
+    assert found.settings["lr"] == pytest.approx(lr, rel=0.02)
+    assert ("times 0.25, since chains were not stable with more" in str(found)) == (localization == 8.0)
+    run = found.settings["num_draws"] * found.settings["num_steps_bw_draws"]
+    steps, seed = looks[-1]
+    assert run > 400, "much longer than pilots"
+    assert (steps, seed) == (run, Settings.init_seed + 2), "so it was tried, with other chains"
+    if localization == 80.0:
+        assert "not localization 8: in chains of" in str(found)
+        with pytest.raises(DevinterpError, match=r"localization 8: in chains of \d+ steps, though not of \d+: spiky"):
+            devinterp.calibrate(model, data, localization=[8.0], max_steps=400, **settings)
 
 
 def test_step_sizes_see_curvature_that_grows_all_through_the_burn_in():

@@ -101,6 +101,28 @@ def test_few_directions_are_looked_at_from_more_chains(monkeypatch):
         looked.clear()
 
 
+def test_the_largest_curvature_on_the_way_counts_where_there_are_few_directions(monkeypatch):
+    """And the largest anywhere, not that of the end. From 17 directions on only the end is looked at."""
+    for size, looks in ((1, 8), (2, 8), (10, 3), (16, 2), (17, 1), (1000, 1)):
+        seen = []
+
+        def look(plan, weights, batches, seen=seen, looks=looks):
+            seen.append(None if weights is None else weights.clone())
+            rise = len(seen) - 1
+            return Spectrum(1.0, 1.0, 1.0) if weights is None else Spectrum(2.0 if rise == 1 else 1.5, 1.5, float(rise))
+
+        monkeypatch.setattr("devinterp.engine.curvature.spectrum", look)
+        plan = plan_of(Weights(torch.zeros(size)), rows(4), quadratic(1e-3), lr="auto", localization=1.0,
+                       sampling_method="leimkuhler_matthews")  # fmt: skip
+        with plan.checkpoint.ready():
+            found = choose_step_size(plan)
+        chains = max(2, min(16, -(-32 // size)))
+        assert len(seen) == 1 + chains * looks
+        assert found.lr == pytest.approx(1 / 2.0)
+        assert found.trace_pilot == pytest.approx(sum(looks * chain for chain in range(1, chains + 1)) / chains)
+        assert len({tuple(weights.flatten()[:1].tolist()) for weights in seen[1:]}) == chains * looks, "at other weights each"
+
+
 def test_auto_depends_on_neither_the_number_of_chains_nor_of_draws():
     chosen = {"lr": "auto", "n_beta": 10.0, "localization": 5.0, "batch_size": 4, "sampling_method": "leimkuhler_matthews"}
     found = set()

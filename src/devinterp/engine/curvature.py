@@ -2,8 +2,9 @@
 
 `lr="auto"` takes lr A = 1 along the stiffest direction, A = n_beta h_max + localization + weight_decay. There the
 Leimkuhler-Matthews step has no bias on a quadratic, and consecutive draws are least correlated for their cost. h_max is
-measured at the checkpoint and where a short pilot ends, since curvature can grow several-fold along flat directions. For a
-sampler with a metric M the same is said of the eigenvalues of M A (those of the symmetric M^(1/2) A M^(1/2)).
+measured at the checkpoint and where a short pilot ends, since curvature can grow several-fold along flat directions; with
+few moving weights also on the pilot's way, since there it varies many-fold. For a sampler with a metric M the same is said
+of the eigenvalues of M A (those of the symmetric M^(1/2) A M^(1/2)).
 """
 
 import logging
@@ -39,6 +40,8 @@ NOISE_BATCHES = 8
 PILOT_CHAINS, PILOT_DIRECTIONS = 2, 32
 """Chains of a pilot, and directions that they have together at least (with at most 16 chains): the largest curvature over few
 directions differs much from one point to another"""
+PILOT_LOOKS = 8
+"""Points of a pilot's chain, at most, at which the curvature is measured: enough for `PILOT_DIRECTIONS`"""
 PILOT_ATTEMPTS = 12
 SHORT_PILOT = 100
 """Steps that a pilot may take whatever the burn-in"""
@@ -72,7 +75,7 @@ class Spectrum:
 
 
 def choose_step_size(plan: Plan) -> StepSize:
-    """lr = share / (n_beta h_max + localization + weight_decay), the largest at the checkpoint and after a pilot.
+    """lr = share / (n_beta h_max + localization + weight_decay), the largest at the checkpoint and of a pilot.
 
     The pilot runs chains of its own at half the rate that the checkpoint suggests, or slower where that turns out unstable.
     Nothing of it depends on `num_chains` or `num_draws`, so a run can be extended.
@@ -80,21 +83,21 @@ def choose_step_size(plan: Plan) -> StepSize:
     batches = curvature_batches(plan)
     at_checkpoint = spectrum(plan, None, batches)
     check_curved("lr='auto'", at_checkpoint.precision, "Give lr, or a localization > 0.")
-    lr, after_pilot, steps = 0.5 / at_checkpoint.precision, [], 0
+    lr, in_pilot, steps = 0.5 / at_checkpoint.precision, [], 0
     for chain in range(max(PILOT_CHAINS, min(16, math.ceil(PILOT_DIRECTIONS / plan.selection.size)))):
         found, lr, steps = pilot(plan, chain, lr, batches)
-        after_pilot.append(found)
-    largest = max(found.precision for found in after_pilot)
+        in_pilot.append(found)
+    largest = max(found.precision for found in in_pilot)
     precision = max(at_checkpoint.precision, largest)
     chosen = plan.sampler.traits.auto / precision
     logger.info(
-        "lr='auto': %.3g, from a precision of %.3g along the stiffest direction at the checkpoint and %.3g after a pilot of "
+        "lr='auto': %.3g, from a precision of %.3g along the stiffest direction at the checkpoint and %.3g in a pilot of "
         "%d steps", chosen, at_checkpoint.precision, largest, steps,
     )  # fmt: skip
     if plan.metric is not None:
         return StepSize(chosen, pilot_steps=steps, stiffest=precision)
-    h_max = max(found.h_max for found in after_pilot)
-    trace = statistics.fmean(found.trace for found in after_pilot)
+    h_max = max(found.h_max for found in in_pilot)
+    trace = statistics.fmean(found.trace for found in in_pilot)
     return StepSize(chosen, at_checkpoint.h_max, h_max, at_checkpoint.trace, trace, steps)
 
 
@@ -108,18 +111,17 @@ def check_curved(what: str, precision: float, fix: str) -> None:
 
 
 def pilot(plan: Plan, chain: int, lr: float, batches: list[Batch]) -> tuple[Spectrum, float, int]:
-    """The curvature where a chain of its own ends, the lr that got it there, and its number of steps.
+    """The largest curvature that a chain of its own meets, the lr that got it there, and its number of steps.
 
     From a flat checkpoint the first lr throws the chain out of the region in which it is stable: then again from the
     checkpoint, four times slower.
     """
+    looks = max(1, min(PILOT_LOOKS, PILOT_DIRECTIONS // plan.selection.size))
     for _ in range(PILOT_ATTEMPTS):
-        steps = pilot_steps(plan.settings, lr)
-        walker = Walker(replace(plan, sampler=plan.settings.sampler(lr), purpose="pilot"), chain)
-        if all(_steps(walker, t) for t in range(steps)):
-            found = spectrum(plan, walker.weights[0], batches)
-            if lr * found.precision < 4:
-                return found, lr, steps
+        steps = pilot_steps(plan.settings, lr, looks)
+        seen = list(_looks(replace(plan, sampler=plan.settings.sampler(lr), purpose="pilot"), chain, lr, steps, looks, batches))
+        if lr * seen[-1].precision < 4:
+            return replace(max(seen, key=lambda found: found.precision), trace=seen[-1].trace), lr, steps
         lr /= 4
     raise DevinterpError(
         f"lr='auto': the pilot was unstable even with lr={lr * 4:.3g}. The loss grows too fast around this checkpoint: try a "
@@ -127,10 +129,20 @@ def pilot(plan: Plan, chain: int, lr: float, batches: list[Batch]) -> tuple[Spec
     )
 
 
-def pilot_steps(settings: Settings, lr: float) -> int:
-    """Until the flattest direction has relaxed (two relaxation times of 2 / (lr prior)), as far as the burn-in would go."""
+def pilot_steps(settings: Settings, lr: float, looks: int = 1) -> int:
+    """Until the flattest direction has relaxed at each look anew (2 / (lr prior) steps), as far as the burn-in would go."""
     prior, burn_in = Posterior.of(settings).prior_precision, max(SHORT_PILOT, settings.num_burnin_steps)
-    return max(20, min(burn_in, math.ceil(4 / (2 * lr * prior)))) if prior > 0 else burn_in
+    return max(20, min(burn_in, math.ceil(2 * looks / (lr * prior)))) if prior > 0 else burn_in
+
+
+def _looks(plan: Plan, chain: int, lr: float, steps: int, looks: int, batches: list[Batch]) -> Iterator[Spectrum]:
+    """Along a chain of so many steps; the last is where it ends, or where it is no longer stable."""
+    walker = Walker(plan, chain)
+    for part in torch.arange(steps).tensor_split(looks):
+        finite = all(_steps(walker, t) for t in part.tolist())
+        yield (found := spectrum(plan, walker.weights[0], batches) if finite else Spectrum(math.inf))
+        if not lr * found.precision < 4:
+            return
 
 
 def _steps(walker: Walker, t: int) -> bool:

@@ -22,6 +22,10 @@ logger = logging.getLogger("devinterp")
 FEWEST_DRAWS, MOST_DRAWS = 50, 5000
 MOST_BETWEEN = 3
 """Localizations tried between the last of the ladder that works and the next"""
+LONGER = 2
+"""times a pilot: a run longer than that is tried at its full length"""
+MOST_LENGTHS = 4
+"""runs of full length"""
 METHOD = "leimkuhler_matthews"
 
 
@@ -68,7 +72,7 @@ def calibrate(
     - settled: a burn-in that leaves 1 % of the transient where only the prior acts, ln 100 / (lr localization) steps,
       fits into `max_steps`;
     - local: the loss rises by at most `largest_excess`;
-    - healthy, by `diagnose`.
+    - healthy, by `diagnose`; and where the run is to be more than twice as long as they, stable at its length, too.
 
     A weaker localization measures more of the loss and less of the prior, so the weakest that works is the one to take. The
     number of draws follows from the pilots' standard error and `accuracy`.
@@ -111,25 +115,63 @@ def calibrate(
         logger.info("%s", tried[-1])
         if not tried[-1].works and any(one.works for one in tried):
             break  # weaker ones go further still
+    _some_works(tried)
+    if localization is None:
+        tried += _weakest_to_settle(pilots, tried)
+    return _chosen(pilots, _stable_at_length(pilots, tried, accuracy, localization is not None), accuracy)
+
+
+def _some_works(tried: list[Tried]) -> None:
     if not any(one.works for one in tried):
         listed = "\n".join(f"  - {one}" for one in tried)
         raise DevinterpError(
             f"no localization works:\n{listed}\nTry others, a larger max_steps or largest_excess, or larger batches."
         )
-    if localization is None:
-        tried += _weakest_to_settle(pilots, tried)
-    return _chosen(pilots, tried, accuracy)
 
 
 def _weakest_to_settle(pilots: Pilots, tried: list[Tried]) -> Iterator[Tried]:
     """Between the last that works and the next, where that would not settle in time. Curvature is measured anew at each."""
     last, strong = tried[-1], _taken(tried).localization
     for _ in range(MOST_BETWEEN):
-        if last.works or not last.localization < (between := pilots.weakest_to_settle(last)) < strong:
+        if last.works or not last.localization < (between := pilots.weakest_to_settle(last.lr)) < strong:
             return
         last = pilots.at(between)
         logger.info("%s", last)
         yield last
+
+
+def _stable_at_length(pilots: Pilots, tried: list[Tried], accuracy: float, given: bool) -> list[Tried]:
+    """A run much longer than its pilots is tried at its length. Where it is not stable, with a quarter of the step size: at
+    the localization where that settles, or the next one that works."""
+    for _ in range(MOST_LENGTHS):
+        taken = _taken(tried)
+        draws, every = _length(taken, accuracy)
+        if draws * every <= LONGER * max(row["steps"] for row in taken.rows.values()):
+            return tried
+        long = pilots.at_length(taken, draws, every)
+        if long.works:
+            return tried
+        logger.info("%s", long)
+        rest, settles = [one for one in tried if one is not taken], pilots.weakest_to_settle(taken.lr / 4)
+        if settles <= taken.localization:
+            tried = [*rest, pilots.slower(taken)]
+        elif given or any(one.works and one.localization <= settles for one in rest):
+            tried = [*rest, long]
+        else:
+            tried = [*rest, long, pilots.at(settles)]
+        _some_works(tried)
+    raise DevinterpError(
+        f"no step size found that is stable for {draws * every} steps, for a standard error of {accuracy:.1%}; the last was "
+        f"{long}. Try a stronger localization, a larger max_steps, or a larger accuracy, which takes fewer steps."
+    )
+
+
+def _length(taken: Tried, accuracy: float) -> tuple[int, int]:
+    """Draws, and steps between them: draws that lie so far apart hold as much as all the pilot's in between."""
+    rows = taken.rows.values()
+    every = int(max(row["steps_bw_draws"] for row in rows))
+    wanted = math.ceil(max(row["steps"] * (row["llc_sem"] / row["llc"] / accuracy) ** 2 for row in rows) / every)
+    return min(MOST_DRAWS, max(FEWEST_DRAWS, wanted)), every
 
 
 def _taken(tried: list[Tried]) -> Tried:
@@ -138,14 +180,12 @@ def _taken(tried: list[Tried]) -> Tried:
 
 def _chosen(pilots: Pilots, tried: list[Tried], accuracy: float) -> Calibration:
     taken = _taken(tried)
-    rows = taken.rows.values()
-    relative, every = max(row["llc_sem"] / row["llc"] for row in rows), int(max(row["steps_bw_draws"] for row in rows))
-    # draws that lie `every` steps apart hold as much as all the pilot's in between
-    wanted = math.ceil(max(row["steps"] * (row["llc_sem"] / row["llc"] / accuracy) ** 2 for row in rows) / every)
+    relative = max(row["llc_sem"] / row["llc"] for row in taken.rows.values())
+    draws, every = _length(taken, accuracy)
     settings = {
         **{name: value for name, value in pilots.fixed.items() if name != "progress"},
         "lr": taken.lr, "localization": taken.localization, "num_burnin_steps": taken.burn_in, "num_chains": PILOT_CHAINS,
-        "num_draws": min(MOST_DRAWS, max(FEWEST_DRAWS, wanted)), "num_steps_bw_draws": every,
+        "num_draws": draws, "num_steps_bw_draws": every,
     }  # fmt: skip
     table = _table(pilots, tried).assign(batch_noise=("case", [batch_noise(pilots, name) for name in pilots.cases]))
     # sum over directions of (n_beta h / 2A) (lr n_beta^2 v / 4) with A >= n_beta h
@@ -187,10 +227,12 @@ def _reasons(
     )
     yield from (f"  not {one}" for one in tried if not one.works)
     here = table.sel(localization=taken.localization)
-    h_max, trace = float(here["h_max_pilot"].max()), here["trace_pilot"]
+    h_max, trace = float(max(here["h_max_checkpoint"].max(), here["h_max_pilot"].max())), here["trace_pilot"]
+    share = taken.lr / min(float(found["lr"]) for found in taken.step_sizes.values())
     yield (
-        f"lr={taken.lr:.3g}: 1 / (n_beta h_max + localization), h_max {h_max:.3g} where pilots end; tr(H) "
-        f"{float(trace.mean()):.3g}"
+        f"lr={taken.lr:.3g}: 1 / (n_beta h_max + localization), h_max {h_max:.3g} the largest met"
+        + (f", times {share:.3g}, since chains were not stable with more" if share < 0.99 else "")
+        + f"; tr(H) {float(trace.mean()):.3g}"
         + (f", {float(trace.min()):.3g} to {float(trace.max()):.3g} over the cases." if trace.size > 1 else ".")
     )
     yield f"num_burnin_steps={taken.burn_in}: leaves {SETTLED:.0%} of the transient where only the prior acts."

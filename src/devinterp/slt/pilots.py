@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import xarray as xr
@@ -99,10 +99,23 @@ class Pilots:
                 break
         return tried
 
-    def weakest_to_settle(self, tried: Tried) -> float:
+    def slower(self, tried: Tried) -> Tried:
+        return self._at(tried.localization, tried.step_sizes, tried.lr / 4)
+
+    def weakest_to_settle(self, lr: float) -> float:
         """The localization at which chains of this lr settle within `max_steps`, with a tenth to spare."""
         relaxed = 1 - SETTLED ** (1 / (2 * self.max_steps))
-        return float(f"{1.1 * 2 * relaxed / tried.lr:.1e}")
+        return float(f"{1.1 * 2 * relaxed / lr:.1e}")
+
+    def at_length(self, tried: Tried, draws: int, every: int) -> Tried:
+        """Tried again with other chains, for as many steps as the run will have: rare ways into steeper places show in them."""
+        for name in self.cases:
+            settings = {"lr": tried.lr, "localization": tried.localization, "init_seed": self._other_seed(2)}
+            row = self._pilot(name, tried.burn_in, draws, every, **settings)
+            if row["excess"] > row["limit"] or any(verdict in row["fault"] for verdict in UNSTABLE):
+                fault = f"in chains of {draws * every} steps, though not of {tried.rows[name]['steps']}: {row['fault']}"
+                return replace(tried, rows=tried.rows | {name: row}, fault=fault)
+        return tried
 
     def _at(self, localization: float, step_sizes: dict[str, dict[str, Any]], lr: float) -> Tried:
         """Settled, then local, then healthy: the first that fails ends it."""
@@ -119,14 +132,17 @@ class Pilots:
 
     def _looked_at(self, name: str, burn_in: int, **settings: Any) -> dict[str, Any]:
         """A few in a hundred healthy pilots look sick: another look at those, at other chains, for twice as long."""
-        row = self._pilot(name, burn_in, PILOT_DRAWS, **settings)
+        every = max(1, burn_in // PILOT_SPACING)
+        row = self._pilot(name, burn_in, PILOT_DRAWS, every, **settings)
         if row["verdict"] in ("healthy", "diverged") or row["excess"] > row["limit"]:
             return row
-        other = (self.fixed.get("init_seed", Settings.init_seed) + 1) % 2**64
-        return self._pilot(name, burn_in, 2 * PILOT_DRAWS, init_seed=other, **settings)
+        return self._pilot(name, burn_in, 2 * PILOT_DRAWS, every, init_seed=self._other_seed(1), **settings)
 
-    def _pilot(self, name: str, burn_in: int, draws: int, **settings: Any) -> dict[str, Any]:
-        every = max(1, burn_in // PILOT_SPACING)
+    def _other_seed(self, by: int) -> int:
+        seed: int = (self.fixed.get("init_seed", Settings.init_seed) + by) % 2**64
+        return seed
+
+    def _pilot(self, name: str, burn_in: int, draws: int, every: int, **settings: Any) -> dict[str, Any]:
         length = {"num_chains": PILOT_CHAINS, "num_draws": draws, "num_burnin_steps": burn_in, "num_steps_bw_draws": every}
         samples = self.run(name, **length, **settings)
         found = diagnose(samples)
