@@ -5,7 +5,7 @@ import torch
 from cases import TinyLM, Weights, plan_of, quadratic, random_tokens, rows
 
 import devinterp
-from devinterp.engine.curvature import Curvature, Spectrum, choose_step_size, spectrum
+from devinterp.engine.curvature import Curvature, Spectrum, choose_step_size, curvature_batches, spectrum
 
 
 def matrix_loss(matrix):
@@ -181,3 +181,12 @@ def test_a_given_step_size_is_kept_with_the_curvature_it_was_compared_with():
     assert found["h_max_pilot"] is None
     with pytest.warns(UserWarning, match="no chain is stable from 4 on"):
         devinterp.sample(Weights(torch.zeros(30)), rows(8), {}, lr=0.06, sampling_method="leimkuhler_matthews", **settings)
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_the_curvature_of_sorted_data_is_that_of_all_of_it(shuffle):
+    """Of 1000 rows the last hundred curve a hundred times as much as the others."""
+    steep = lambda model, ids: 0.5 * (1 + 99 * (ids[:, :1] >= 900)) * model.w.square().sum()  # noqa: E731
+    plan = plan_of(Weights(torch.zeros(1)), rows(1000), steep, batch_size=10, shuffle=shuffle)
+    found = spectrum(plan, None, curvature_batches(plan)).h_max
+    assert found == pytest.approx(10.9, abs=3 * 29.7 / 128**0.5)  # three standard errors of a mean over 128 rows

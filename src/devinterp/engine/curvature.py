@@ -189,12 +189,17 @@ def gradient_noise(plan: Plan) -> float:
 
 
 def curvature_batches(plan: Plan) -> list[Batch]:
-    """The first rows of the sampling stream, at most one epoch, at most `TOKENS` numbers at once where that is possible."""
+    """Rows of the sampling stream's first epoch, at most `TOKENS` numbers at once where that is possible.
+
+    Its first batches; without shuffling some from all over it, since what is sorted begins with one kind.
+    """
     size, rows = plan.settings.batch_size, plan.batches.rows
     at_once = max(1, TOKENS // rows.elements)
     wanted = max(8, min(128, TOKENS // rows.elements))
-    count = min(math.ceil(wanted / size), rows.num_rows // size)
-    whole = Batch.join([plan.batches.micro(0, number) for number in range(count)], torch.cat)[:wanted]
+    there = rows.num_rows // size
+    count = min(math.ceil(wanted / size), there)
+    numbers = range(count) if plan.settings.shuffle else [number * there // count for number in range(count)]
+    whole = Batch.join([plan.batches.micro(0, number) for number in numbers], torch.cat)[:wanted]
     return [whole[start : start + at_once] for start in range(0, len(whole), at_once)]
 
 
