@@ -278,10 +278,10 @@ def measure_one(model: Model) -> dict[str, float]:
     """Of one chain: a step's gradient, a draw's observables, the sampler's update; what its vectors and a gradient take."""
     import torch
 
-    from devinterp.engine.chain import Plan, Walker
     from devinterp.engine.placement import operations
     from devinterp.engine.proof import find_forward
     from devinterp.engine.selection import Selection
+    from devinterp.engine.walker import Plan, Walker
     from devinterp.slt.requests import request_of
 
     network, data, observables = _inputs(model)

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from devinterp.engine.batch import Batch
 from devinterp.engine.batches import Batches
-from devinterp.engine.chain import Plan, Walker
 from devinterp.engine.checkpoint import Checkpoint
 from devinterp.engine.forward import Forward
 from devinterp.engine.observables import check_observables
@@ -19,6 +18,7 @@ from devinterp.engine.rows import check_rows
 from devinterp.engine.selection import Selection, check_masks
 from devinterp.engine.settings import Settings
 from devinterp.engine.trials import find_objective
+from devinterp.engine.walker import Plan, Walker
 
 GOOD = {"lr": 1e-3, "n_beta": 10.0, "localization": 1.0, "num_chains": 2, "num_draws": 2, "batch_size": 4,
         "num_init_loss_batches": 1, "progress": False}  # fmt: skip

@@ -42,7 +42,7 @@ RESUME, CRASHES = "tests/test_resume.py", "tests/test_crashes.py"
 OBJECTS = "tests/test_object_stores.py"
 DIAGNOSIS, CALIBRATION = "tests/test_diagnosis.py", "tests/test_calibration.py"
 ERRORS, CONTROL, PATTERNS = "tests/test_error_bars.py", "tests/test_control.py", "tests/test_patterning.py"
-RMS, LOOP = "samplers/rmsprop_sgld.py", "engine/chain.py"
+RMS, LOOP, WALKER = "samplers/rmsprop_sgld.py", "engine/chain.py", "engine/walker.py"
 PLM, NHT = "samplers/preconditioned_leimkuhler_matthews.py", "samplers/sgnht.py"
 SWEEP, ORIGIN = "tests/test_sweep.py", "tests/test_origin.py"
 PICTURES, REPORT, PAGE = "tests/test_pictures.py", "tests/test_report.py", "pictures/page/html.py"
@@ -80,7 +80,7 @@ BUGS = [
         "steps_taken + 1 - self.num_burnin_steps, self", CHAIN),
     Bug("loss after the step", LOOP, "        metrics = None if last or not watch.alive else walker.step()\n",
         "        metrics = None if last or not watch.alive else walker.step()\n        losses = walker.differentiate(t)\n", CHAIN),
-    Bug("observables at other weights", LOOP, "forward.losses(moved, b, buffers, s, r)",
+    Bug("observables at other weights", WALKER, "forward.losses(moved, b, buffers, s, r)",
         "forward.losses({}, b, buffers, s, r)", CHAIN),
     Bug("baseline on another batch", "engine/baseline.py", "plan.settings.steps_before_draw(draw))",
         "plan.settings.steps_before_draw(draw) - 1)", CHAIN),
@@ -93,15 +93,15 @@ BUGS = [
         "torch.float64 if wide else pieces[0].parameter.dtype", LAWS),
     Bug("seed + chain", "engine/seeds.py", 'hashlib.blake2b(repr(what).encode(), digest_size=8).digest()',
         '(sum(w for w in what if isinstance(w, int)) % 2**63).to_bytes(8, "little")', LAWS),
-    Bug("micro-batches summed", LOOP, "(losses[0].numel() * count)", "losses[0].numel()", CHAIN),
-    Bug("gradient of the last micro-batch only", LOOP, "        for j, batch in enumerate(batches):\n",
+    Bug("micro-batches summed", WALKER, "(losses[0].numel() * count)", "losses[0].numel()", CHAIN),
+    Bug("gradient of the last micro-batch only", WALKER, "        for j, batch in enumerate(batches):\n",
         "        for j, batch in enumerate(batches):\n            self.gradient.zero_()\n", CHAIN),
     Bug("last incomplete batch kept", "engine/batches.py", "self.rows.num_rows // self.batch_size",
         "-(-self.rows.num_rows // self.batch_size)", CHAIN),
     Bug("epochs not reshuffled", "engine/batches.py", '"batches", epoch, stream', '"batches", 0, stream', CHAIN),
-    Bug("init noise moves the anchor", LOOP, "self.weights[:, block.where], block.anchor, self",
+    Bug("init noise moves the anchor", WALKER, "self.weights[:, block.where], block.anchor, self",
         "self.weights[:, block.where], self.weights[0, block.where].clone(), self", LAWS),
-    Bug("no bounding box", LOOP, "if box is not None:", "if False:", LAWS),
+    Bug("no bounding box", WALKER, "if box is not None:", "if False:", LAWS),
     Bug("unpaired baseline", "slt/llc.py", '.load() if "baseline_loss" in ds else', ".load() if False else", LLC),
     Bug("diverged chains averaged in", "store/samples.py", "if status[chain] != COMPLETE]", "if False]", LLC),
     Bug("errors of shared batches ignored", "analysis/uncertainty.py", "return float(np.fmax(each, of_mean))", "return float(each)", LLC),
@@ -126,7 +126,7 @@ BUGS = [
     Bug("shared modules replayed", "engine/prefix.py", "for module in finished if calls[module] == 1)", "for module in finished)", FAST),
     Bug("waits at every step", LOOP, "PATIENCE_ELSEWHERE = 64", "PATIENCE_ELSEWHERE = 1", FAST),
     Bug("divergence dated at the look", LOOP, "yield Diverged(chain, first)", "yield Diverged(chain, t)", FAST),
-    Bug("chains of a vmap share their noise", LOOP, "row.normal_(generator=rng)", "row.normal_(generator=rngs[0])", PLACE),
+    Bug("chains of a vmap share their noise", WALKER, "row.normal_(generator=rng)", "row.normal_(generator=rngs[0])", PLACE),
     Bug("a diverged chain ends its group", LOOP, "if not watch.alive:", "if len(watch.alive) < len(chains):", PLACE),
     Bug("pieces stay on the first device", "engine/selection.py", "leaf.to(self.parameter.device, self", "leaf.to(self", SPREAD),
     Bug("anchors stay on their device", "engine/selection.py", ".to(self.device)\n", "\n", SPREAD),
@@ -262,8 +262,8 @@ BUGS = [
     Bug("models that look ahead taken", TRIALS, "batch.form == IDS and looks_ahead(checkpoint, batch)", "False", MASKS),
     Bug("the model's own loss not asked", TRIALS, "        _check_own_loss(checkpoint, found, tried)\n", "        pass\n", MASKS),
     Bug("padding not tried", TRIALS, "    _check_padding(checkpoint, found, rows)\n", "", MASKS),
-    Bug("padding in the mean that is differentiated", LOOP, "if self.counted is None:\n            return losses.sum()", "if True:\n            return losses.sum()", MASKS),
-    Bug("micro-batches weigh alike", LOOP, "self.counted.sum((-2, -1))).sum()", "(count * (losses != 0).sum())).sum()", MASKS),
+    Bug("padding in the mean that is differentiated", WALKER, "if self.counted is None:\n            return losses.sum()", "if True:\n            return losses.sum()", MASKS),
+    Bug("micro-batches weigh alike", WALKER, "self.counted.sum((-2, -1))).sum()", "(count * (losses != 0).sum())).sum()", MASKS),
     Bug("padding stored as 0", "engine/batch.py", 'losses.masked_fill(~counted, float("nan"))', "losses", MASKS),
     Bug("curvature with padding", "engine/curvature.py", "mean_loss(losses, batch.counted) * share", "losses.mean() * share", MASKS),
     Bug("targets of others in the head", "engine/vocabulary.py", "hidden[counted], targets[counted]", "hidden[counted], targets[counted].flip(0)", MASKS),

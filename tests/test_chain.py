@@ -7,8 +7,9 @@ from cases import TinyLM, Weights, linear, plan_of, quadratic, random_tokens, ro
 from datasets import Dataset
 
 import devinterp
-from devinterp.engine.chain import Walk, Walker, run_chains
+from devinterp.engine.chain import Walk, run_chains
 from devinterp.engine.settings import Settings
+from devinterp.engine.walker import Walker
 
 QUIET = {"noise_level": 0.0, "num_init_loss_batches": 1, "progress": False, "num_chains": 1}
 

@@ -354,7 +354,7 @@ class Deadly(TinyLM):
 def _biases_of_chain_1(data, masks) -> torch.Tensor:
     from cases import plan_of
 
-    from devinterp.engine.chain import Walker
+    from devinterp.engine.walker import Walker
 
     walker = Walker(
         plan_of(TinyLM(), data, masks=masks, **{name: LONG[name] for name in ("lr", "n_beta", "localization", "batch_size")}), 1

@@ -1,6 +1,7 @@
 """Every fast path against the plain one: losses without whole logits, the frozen prefix, joined batches, bf16, compile."""
 
 import logging
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,13 +15,14 @@ import devinterp
 from devinterp.engine import chain as chain_module
 from devinterp.engine import proof as proof_module
 from devinterp.engine import vocabulary
-from devinterp.engine.chain import Walk, Walker, run_chains
+from devinterp.engine.chain import Walk, run_chains
 from devinterp.engine.checkpoint import Checkpoint
 from devinterp.engine.forward import Forward
 from devinterp.engine.prefix import Recorder, find_prefix
 from devinterp.engine.proof import find_forward
 from devinterp.engine.selection import Selection, check_masks
 from devinterp.engine.vocabulary import _CrossEntropy, _losses, find_head
+from devinterp.engine.walker import Walker
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning:transformers.*"),
@@ -157,7 +159,7 @@ def test_frozen_layers_are_replayed_bit_by_bit(model_type):
     plan = plan_of(model, random_tokens(16, 11, 40), masks={name: None}, batch_size=4, n_beta=5.0)
     walkers = [
         Walker(plan, 0),
-        Walker(chain_module.replace(plan, forward=forward), 0, recorder=Recorder(forward.checkpoint, [forward.prefix], 1)),
+        Walker(replace(plan, forward=forward), 0, recorder=Recorder(forward.checkpoint, [forward.prefix], 1)),
     ]
     for t in range(3):
         plain, replayed = (walker.differentiate(t) for walker in walkers)
@@ -317,7 +319,7 @@ def test_a_step_waits_for_nothing_between_two_draws(monkeypatch, any_vocabulary)
     monkeypatch.setattr(chain_module, "PATIENCE", {"cpu": chain_module.PATIENCE_ELSEWHERE})
     model, data = tiny_model("gpt_neox"), random_tokens(16, 11, 40)
     plan = plan_of(model, data, batch_size=4, num_draws=2, num_steps_bw_draws=20, save_metrics=True)
-    plan = chain_module.replace(plan, forward=forward_of(model))
+    plan = replace(plan, forward=forward_of(model))
     assert plan.forward.head is not None
     steps = run_chains(Walk(plan, [0]))
     next(steps)

@@ -10,8 +10,8 @@ from cases import Weights, linear, plan_of, quadratic, rows, walk
 from checks import LIMIT, check_gaussian
 from targets import leimkuhler_matthews_variance, precision, rmsprop_linear_path, sgld_mean, sgld_variance
 
-from devinterp.engine.chain import Walker
 from devinterp.engine.seeds import noise_generator
+from devinterp.engine.walker import Walker
 
 D, T = 1_000_000, 60
 H, N_BETA, GAMMA, LR = 2.0, 3.0, 4.0, 0.09  # A = 10, lr A = 0.9

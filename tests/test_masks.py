@@ -17,7 +17,7 @@ from zoo import tiny_model
 import devinterp
 from devinterp.engine import proof as proof_module
 from devinterp.engine import vocabulary
-from devinterp.engine.chain import Walker
+from devinterp.engine.walker import Walker
 from devinterp.errors import ChainsUnusable, RunMismatchError, StoreError
 
 pytestmark = [pytest.mark.filterwarnings("ignore::UserWarning:transformers.*")]

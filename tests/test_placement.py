@@ -15,8 +15,9 @@ from zoo import tiny_model
 
 import devinterp
 from devinterp.engine import placement
-from devinterp.engine.chain import Diverged, Walk, Walker, run_chains
+from devinterp.engine.chain import Diverged, Walk, run_chains
 from devinterp.engine.placement import Placement, decide
+from devinterp.engine.walker import Walker
 from devinterp.errors import ChainFailed, DevinterpInputError
 from devinterp.samplers import SAMPLERS
 from devinterp.store.reader import open_store

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import devinterp
-from devinterp.engine.chain import Walker
+from devinterp.engine.walker import Walker
 from devinterp.errors import ChainFailed, DevinterpInputError, RunLocked, RunMismatchError
 from devinterp.store import schema
 from devinterp.store.durable import digest_of, read_record, write_record

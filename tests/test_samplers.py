@@ -17,7 +17,7 @@ from targets import (
     underdamped_variance,
 )
 
-from devinterp.engine.chain import Walker
+from devinterp.engine.walker import Walker
 from devinterp.samplers import SAMPLERS, Force
 
 D, H, N_BETA, GAMMA, LR = 200_000, 2.0, 3.0, 4.0, 0.09  # A = 10, lr A = 0.9

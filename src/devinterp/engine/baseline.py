@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from devinterp.engine.batch import joined_counted, marked
-from devinterp.engine.chain import Plan, dropout_seed, observed_rows
 from devinterp.engine.observables import Observable
+from devinterp.engine.walker import Plan, dropout_seed, observed_rows
 
 
 @torch.no_grad()

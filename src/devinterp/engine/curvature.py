@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from devinterp.engine.batch import Batch, mean_loss
-from devinterp.engine.chain import Plan, Walker, update_blocks
 from devinterp.engine.posterior import Posterior
 from devinterp.engine.seeds import noise_generator
 from devinterp.engine.selection import Block
 from devinterp.engine.settings import Settings
+from devinterp.engine.walker import Plan, Walker, update_blocks
 from devinterp.errors import DevinterpError, InputValueError
 
 logger = logging.getLogger(__name__)

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from devinterp.engine.batch import Batch
-from devinterp.engine.chain import Plan
 from devinterp.engine.curvature import Curvature, check_curved, curvature_batches, spectrum
 from devinterp.engine.posterior import Posterior
 from devinterp.engine.seeds import noise_generator
+from devinterp.engine.walker import Plan
 from devinterp.samplers import TakesMetric
 
 PROBES = 8

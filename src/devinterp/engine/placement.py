@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from devinterp.engine.chain import Plan
 from devinterp.engine.checkpoint import is_spread
+from devinterp.engine.walker import Plan
 
 LONG_RUN = 3e11
 """Floating-point operations from which starting worker processes (their imports take seconds) pays"""

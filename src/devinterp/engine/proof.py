@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from devinterp.engine.batch import Batch, mean_loss
-from devinterp.engine.chain import Plan, Walker
 from devinterp.engine.checkpoint import Checkpoint
 from devinterp.engine.forward import Forward
 from devinterp.engine.observables import Observable
@@ -21,6 +20,7 @@ from devinterp.engine.prefix import find_prefix, record
 from devinterp.engine.seeds import noise_generator
 from devinterp.engine.selection import Selection
 from devinterp.engine.vocabulary import find_head
+from devinterp.engine.walker import Plan, Walker
 
 logger = logging.getLogger("devinterp")
 

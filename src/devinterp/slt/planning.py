@@ -8,7 +8,6 @@ from typing import Any
 from torch import Tensor
 
 from devinterp.engine.batches import Batches
-from devinterp.engine.chain import Plan
 from devinterp.engine.checkpoint import Checkpoint
 from devinterp.engine.curvature import StepSize, choose_step_size, given_step_size
 from devinterp.engine.dispatch import Site, elsewhere
@@ -20,6 +19,7 @@ from devinterp.engine.proof import find_forward, precision_error, steps_together
 from devinterp.engine.selection import Selection
 from devinterp.engine.settings import Paths, Settings
 from devinterp.engine.trials import check_loss
+from devinterp.engine.walker import Plan
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,12 @@ from pathlib import Path
 
 from torch import nn
 
-from devinterp.engine.chain import Plan
 from devinterp.engine.forward import Forward
 from devinterp.engine.origin import quiet
 from devinterp.engine.placement import decide, num_cores
 from devinterp.engine.progress import Progress
 from devinterp.engine.selection import Selection
+from devinterp.engine.walker import Plan
 from devinterp.errors import ChainsUnusable
 from devinterp.slt.requests import Request, at_step_size
 from devinterp.slt.running import run_suite, run_to_store

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from devinterp.engine.chain import Plan
 from devinterp.engine.placement import Placement, num_cores
+from devinterp.engine.walker import Plan
 from devinterp.slt.requests import Request
 from devinterp.store.mirror import Mirror
 from devinterp.store.recording import Chains

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from devinterp.engine.baseline import baseline_losses, init_loss, init_loss_of
-from devinterp.engine.chain import Plan, Snapshot, Walk, run_chains
+from devinterp.engine.chain import Snapshot, Walk, run_chains
 from devinterp.engine.dispatch import Step
 from devinterp.engine.prefix import Recorder
+from devinterp.engine.walker import Plan
 from devinterp.errors import ChainDiverged
 from devinterp.store.commits import BaselineCommits, ChainCommits
 from devinterp.store.durable import DISK_ERRORS

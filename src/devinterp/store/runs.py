@@ -17,10 +17,10 @@ import xarray as xr
 from torch import nn
 
 from devinterp.engine.batches import Batches
-from devinterp.engine.chain import Plan
 from devinterp.engine.metrics import METRICS
 from devinterp.engine.observables import Observable
 from devinterp.engine.settings import Settings
+from devinterp.engine.walker import Plan
 from devinterp.errors import InputValueError, RunMismatchError, StoreError, got, shown
 from devinterp.store.data import Data
 from devinterp.store.folder import RunFolder
