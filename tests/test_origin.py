@@ -181,6 +181,25 @@ def test_threads_may_load_at_once(saved):
         assert same(neox(number), loaded[i])
 
 
+IMPORTING = """
+import sys, threading
+from devinterp.engine.origin import Pretrained
+other = threading.Thread(target=__import__, args=("transformers",))
+other.start()
+while "transformers" not in sys.modules:
+    pass
+Pretrained(sys.argv[1]).check()
+print("checked", other.is_alive())
+other.join()
+"""
+
+
+def test_a_thread_may_load_while_another_imports_transformers(saved):
+    arguments = [sys.executable, "-c", IMPORTING, str(saved / "checkpoint-1")]
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=120)
+    assert done.stdout.startswith("checked"), done.stderr
+
+
 def test_functions_that_make_models_are_called_one_at_a_time():
     """torch has one generator in a process: two that seed it at once would take each other's numbers."""
     inside, most = [], []

@@ -2,6 +2,7 @@
 
 import os
 import re
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -32,10 +33,8 @@ class Pretrained:
         Raises:
             InputValueError: there is no such checkpoint, or it lacks weights of the model that it names.
         """
-        from transformers import AutoModelForCausalLM
-
         with _LOADING, _told(self, argument):
-            model, found = AutoModelForCausalLM.from_pretrained(
+            model, found = _transformers().AutoModelForCausalLM.from_pretrained(
                 self.source, revision=self.revision, trust_remote_code=False, output_loading_info=True
             )
         # transformers fills them with random numbers, and only warns
@@ -48,11 +47,9 @@ class Pretrained:
 
     def tokenizer(self, argument: str = "checkpoint") -> Any:
         """The tokenizer that lies beside the model."""
-        from transformers import AutoTokenizer
-
         with _LOADING, _told(self, argument):
             # without the False, transformers asks at a terminal whether to run the code that comes with a checkpoint
-            found = AutoTokenizer.from_pretrained(self.source, revision=self.revision, trust_remote_code=False)
+            found = _transformers().AutoTokenizer.from_pretrained(self.source, revision=self.revision, trust_remote_code=False)
         if len(found.get_vocab()) <= len(found.all_special_tokens):  # transformers makes up an empty one where there is none
             fix = "It has none; name another."
             raise InputValueError(got(argument, str(self), "a model with a tokenizer beside it", fix))
@@ -60,10 +57,8 @@ class Pretrained:
 
     def check(self, argument: str = "checkpoint") -> None:
         """Whether it is there, from its small files alone; raises as `load` does."""
-        from transformers import AutoConfig
-
         with _LOADING, _told(self, argument):
-            AutoConfig.from_pretrained(self.source, revision=self.revision, trust_remote_code=False)
+            _transformers().AutoConfig.from_pretrained(self.source, revision=self.revision, trust_remote_code=False)
         folder = Path(self.source)
         if folder.is_dir() and not any(file.suffix in (".safetensors", ".bin") for file in folder.iterdir()):
             raise InputValueError(got(argument, str(self), "a directory with weights", "It has a config.json only."))
@@ -174,6 +169,17 @@ def checkpoints_in(folder: str | os.PathLike[str], argument: str = "checkpoints"
         what = "a folder of checkpoints such as checkpoint-500, each with a config.json"
         raise InputValueError(got(argument, os.fspath(folder), what, fix))
     return {entry.name: Pretrained(str(entry)) for _, entry in sorted(found, key=lambda item: (item[0], item[1].name))}
+
+
+def _transformers() -> Any:
+    """The module that transformers puts in its own place at the end of its import.
+
+    A thread that waits for another's import of it, as in a worker that receives a model while it loads one, is given the
+    first, in which there is nothing.
+    """
+    import transformers  # noqa: F401
+
+    return sys.modules["transformers"]
 
 
 @contextmanager
