@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo docs wheel test test-slow test-crashes test-oldest lint planted-bugs figures truth bench clean
+.PHONY: help demo notebooks docs wheel test test-slow test-crashes test-oldest lint planted-bugs figures truth bench clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /\1\t/' | expand -t 16
@@ -15,6 +15,9 @@ help:  ## list the commands
 demo: .venv/.installed  ## train a small model on Python's own source: LLC over training, influences, susceptibilities (5 minutes)
 	$(BIN)/python examples/training_run.py
 	$(BIN)/python examples/code_and_prose.py
+
+notebooks: .venv/.installed  ## execute the notebooks of examples/ in place (3 minutes)
+	$(BIN)/python examples/notebooks/execute.py
 
 test: lint  ## lint, types and the tests that run in minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile

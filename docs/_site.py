@@ -14,6 +14,7 @@ ROOT = Path(__file__).parent.parent
 OUTSIDE = {
     "index.md": "README.md",
     **{name: name for name in ("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")},
+    **{f"examples/{path.name}": f"examples/notebooks/{path.name}" for path in (ROOT / "examples/notebooks").glob("*.ipynb")},
     **{
         f"benchmarks/{path.name}": f"benchmarks/{path.name}"
         for path in (ROOT / "benchmarks").glob("*.*")
