@@ -12,6 +12,7 @@ from typing import Any
 
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import dask
 import numpy as np
 import torch
 from datasets import Dataset
@@ -21,7 +22,9 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 import devinterp
 
-STEPS = 40
+STEPS = 20
+KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": str(2**30), "MALLOC_MMAP_THRESHOLD_": str(2**25)}
+"""as docs/clusters.md has it: otherwise Dask's workers give memory back at once, and get it anew at every operator"""
 SETTINGS = {"lr": 1e-5, "n_beta": 30.0, "localization": 100.0, "batch_size": 8, "num_draws": STEPS, "num_init_loss_batches": 1,
             "progress": False, "sampling_method": "leimkuhler_matthews"}  # fmt: skip
 
@@ -61,7 +64,9 @@ def main() -> None:
     for _ in range(3):
         found = {"here": marginal((2, 6), made=what, chains_together="sequential")}
         for workers in (1, 2):
+            environment = dask.config.get("distributed.nanny.pre-spawn-environ") | KEEP_MEMORY
             with (
+                dask.config.set({"distributed.nanny.pre-spawn-environ": environment}),
                 LocalCluster(n_workers=workers, threads_per_worker=1, dashboard_address=None) as cluster,
                 Client(cluster) as client,
             ):

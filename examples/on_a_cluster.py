@@ -12,6 +12,7 @@ import sys
 from contextlib import ExitStack
 from typing import Any
 
+import dask
 import numpy as np
 from datasets import Dataset
 from distributed import Client
@@ -23,6 +24,10 @@ import devinterp
 def local() -> Any:
     from distributed import LocalCluster
 
+    # otherwise Dask has its workers give memory back at once, and take it anew at every operator
+    keep_memory = {"MALLOC_TRIM_THRESHOLD_": str(2**30), "MALLOC_MMAP_THRESHOLD_": str(2**25)}
+    environment = dask.config.get("distributed.nanny.pre-spawn-environ") | keep_memory
+    dask.config.set({"distributed.nanny.pre-spawn-environ": environment})
     return LocalCluster(n_workers=2, threads_per_worker=1)  # a chain takes one core
 
 

@@ -241,11 +241,12 @@ def test_a_worker_that_does_not_see_the_files_says_so(tmp_path):
         message.opened("cpu")
 
 
-def test_a_dataset_in_memory_is_sent_once(tmp_path):
+def test_a_dataset_in_memory_is_sent_once_and_without_a_bar_of_its_own(tmp_path, capsys):
     rows = random_tokens(400, 11, 40)
     with Sender(tmp_path, Checkpoint(TinyLM(), None, CPU)) as sender:
         messages = [sender.message({"rows": rows}) for _ in range(3)]
     assert len(list(tmp_path.glob("dataset-*"))) == 1
+    assert capsys.readouterr().err == ""
     found, _ = messages[2].opened("cpu")
     assert found["rows"][:]["input_ids"] == rows[:]["input_ids"]
 

@@ -7,7 +7,8 @@ marks in their place, and is put together again around the model that was rebuil
 
 import copy
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cached_property
 from pathlib import Path
@@ -268,7 +269,8 @@ class Sender:
             return dataset
         if id(dataset) not in self._datasets:
             folder = self.folder / f"dataset-{len(self._datasets)}"
-            dataset.save_to_disk(folder)
+            with _without_bars():
+                dataset.save_to_disk(folder)
             self._datasets[id(dataset)] = DatasetAt(folder), dataset
         return self._datasets[id(dataset)][0]
 
@@ -304,6 +306,20 @@ def _walked(thing: Any, change: Any) -> Any:
             object.__setattr__(made, item.name, change(getattr(thing, item.name)))
         return made
     return thing
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """No bars of datasets for the length of the block: there is one for the whole run."""
+    from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    shown = not are_progress_bars_disabled()
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            enable_progress_bars()
 
 
 def _put(model: nn.Module, name: str, tensor: Tensor) -> None:
