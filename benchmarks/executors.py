@@ -46,7 +46,7 @@ def seconds(**arguments: Any) -> float:
     model, data = arguments.pop("made")
     with tempfile.TemporaryDirectory() as folder:
         began = time.perf_counter()
-        devinterp.sample(model, data, {}, output_path=Path(folder) / "run", **SETTINGS, **arguments)
+        devinterp.sample(model, data, {}, output_path=Path(folder) / "run", **SETTINGS | arguments)
         return time.perf_counter() - began
 
 
@@ -63,6 +63,7 @@ def main() -> None:
     rounds = []
     for _ in range(3):
         found = {"here": marginal((2, 6), made=what, chains_together="sequential")}
+        found["here, one step"] = marginal((4, 24), made=what, chains_together="sequential", num_draws=1)
         for workers in (1, 2):
             environment = dask.config.get("distributed.nanny.pre-spawn-environ") | KEEP_MEMORY
             with (
@@ -72,17 +73,23 @@ def main() -> None:
             ):
                 seconds(made=what, num_chains=workers, executor=client.get_executor())  # imports
                 found[f"{workers} workers"] = marginal((2, 6), made=what, executor=client.get_executor())
+                if workers == 1:
+                    found["away, one step"] = marginal((4, 24), made=what, executor=client.get_executor(), num_draws=1)
         rounds.append(found)
         print(found, flush=True)
-    here, one, two = (sorted(found[name] for found in rounds)[1] for name in ("here", "1 workers", "2 workers"))
+    middle = {name: sorted(found[name] for found in rounds)[1] for name in rounds[0]}
+    here, one, two = middle["here"], middle["1 workers"], middle["2 workers"]
+    ratios = [format(found["1 workers"] / found["2 workers"], ".2f") for found in rounds]
+    handed = middle["away, one step"] - middle["here, one step"]
     text = (
         f"`python benchmarks/executors.py`, {datetime.date.today()}, {machine()}. GPT-NeoX of {sum(p.numel() for p in what[0].parameters()):,} "
         f"parameters, {STEPS} steps of 8 sequences of 128 tokens per chain, one thread each, Dask LocalCluster; medians of three rounds, "
-        "seconds that one more chain takes (four more chains, in turn).\n\n"
+        "seconds that one more chain takes (four more chains, in turn). What handing a chain over and storing it takes is that of chains of one "
+        "step (twenty more), in a worker and here.\n\n"
         "| | seconds a chain | |\n|---|---|---|\n"
         f"| one after another, in this process | {here:.2f} | |\n"
-        f"| one worker | {one:.2f} | handing over and writing: {one / here - 1:+.1%} |\n"
-        f"| two workers | {two:.2f} | {one / two:.2f} times the throughput of one |\n"
+        f"| one worker | {one:.2f} | handing over: {handed:.3f} s, {handed / here:.1%} of a chain |\n"
+        f"| two workers | {two:.2f} | {one / two:.2f} times the throughput of one (rounds: {', '.join(ratios)}) |\n"
     )
     record("Executors", text)
     print(text)
