@@ -88,13 +88,13 @@ def main() -> None:
     CACHE.parent.mkdir(exist_ok=True)
     CACHE.touch()
     rows = {row["model"]: row for row in map(json.loads, CACHE.read_text().splitlines())}
-    _, data = load()
     models: dict[str, Callable[[], nn.Module]] = {
         f"demo, {path.name}": lambda path=path: AutoModelForCausalLM.from_pretrained(path)
         for path in sorted((DEMO / "checkpoints").iterdir())
     }
     models |= {f"{name}, {TRAINING_STEPS} steps": lambda make=make: trained(make(), data) for name, make in OTHERS.items()}
     left = [] if chosen.report else [name for name in reversed(models) if name not in rows]
+    data = load()[1] if left else None
     for name in left[: chosen.most]:
         rows[name] = measure(name, models[name](), data)
         print(rows[name], flush=True)

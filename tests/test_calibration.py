@@ -107,6 +107,30 @@ def test_step_sizes_see_curvature_that_grows_all_through_the_burn_in():
     assert settled["lr"] < short["lr"]
 
 
+def test_pilots_are_as_long_as_the_burn_in_that_they_lead_to(monkeypatch):
+    """Steeper places take smaller steps and those a longer burn-in: looked at again, unless the pilot ended of itself."""
+
+    def settled(lrs, ends=10**6, max_steps=1000):
+        asked = []
+
+        def step_size(self, name, localization, lr="auto", burn_in=0):
+            asked.append(burn_in)
+            return {"lr": lrs[len(asked) - 1], "pilot_steps": min(ends, max(100, burn_in))}
+
+        monkeypatch.setattr(Pilots, "step_size", step_size)
+        found = Pilots({"model": (None, None)}, None, {}, max_steps, None).step_size_settled("model", 2.0)
+        return asked, found["lr"]
+
+    once, twice = settling_steps(0.01, 2.0), settling_steps(0.005, 2.0)
+    assert 100 < once < twice < 1000
+    assert settled([0.01, 0.005, 0.005]) == ([0, once, twice], 0.005)
+    assert settled([0.01, 0.01]) == ([0, once], 0.01), "seen all the way"
+    assert settled([0.01, 0.005], ends=once - 1) == ([0, once], 0.005), "ended of itself"
+    assert settled([0.05]) == ([0], 0.05), "settles in what the first pilot saw"
+    assert settled([0.01, 0.001]) == ([0, once], 0.001), "does not settle in time"
+    assert settled([0.001, 0.0005]) == ([0, 1000], 0.0005), "neither did the first"
+
+
 def test_settling_steps_leave_what_they_say():
     steps = settling_steps(0.001, 20.0)
     assert (1 - 0.001 * 20 / 2) ** (2 * steps) <= 0.01 < (1 - 0.001 * 20 / 2) ** (2 * steps - 2)

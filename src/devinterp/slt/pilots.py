@@ -84,10 +84,17 @@ class Pilots:
         return found
 
     def step_size_settled(self, name: str, localization: float) -> dict[str, Any]:
-        """That of lr="auto" with a pilot as long as the burn-in: curvature can grow along flat directions all that way."""
-        found = self.step_size(name, localization)
-        burn_in = min(self.max_steps, settling_steps(found["lr"], localization))
-        return self.step_size(name, localization, burn_in=burn_in) if burn_in > SHORT_PILOT else found
+        """That of lr="auto" with a pilot as long as the burn-in: curvature can grow along flat directions all that way.
+
+        A steeper place takes smaller steps, and those a longer burn-in: again, until that was seen too or takes too long.
+        """
+        found, length = self.step_size(name, localization), SHORT_PILOT
+        burn_in = settling_steps(found["lr"], localization)
+        while found["pilot_steps"] >= length < burn_in and (length == SHORT_PILOT or burn_in <= self.max_steps):
+            length = min(burn_in, self.max_steps)
+            found = self.step_size(name, localization, burn_in=length)
+            burn_in = settling_steps(found["lr"], localization)
+        return found
 
     def at(self, localization: float) -> Tried:
         """The step size of lr="auto" first, then smaller ones, where chains leave the region in which it is stable."""
