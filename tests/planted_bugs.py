@@ -254,6 +254,7 @@ BUGS = [
         f"{CALIBRATION}::test_pilots_are_as_long_as_the_burn_in_that_they_lead_to"),
     Bug("two chains where there are few directions", "engine/curvature.py", "math.ceil(PILOT_DIRECTIONS / plan.selection.size)", "0", "tests/test_curvature.py"),
     Bug("the curvature where a pilot ends alone", "engine/curvature.py", "max(seen, key=lambda found: found.precision)", "seen[-1]", "tests/test_curvature.py"),
+    Bug("flat checkpoints like any other", "engine/curvature.py", "            looks = PILOT_LOOKS\n", "            pass\n", "tests/test_curvature.py"),
     Bug("long runs not tried", "slt/calibration.py", "        if long.works:\n", "        if True:\n", f"{CALIBRATION}::test_long_runs_are_tried_at_their_length"),
     Bug("disagreement taken for noise", "analysis/verdicts.py", ".is_sure and not alone:", ".is_sure:", DIAGNOSIS),
     Bug("workers started where none may be", "engine/dispatch.py", "if multiprocessing.current_process().daemon:", "if False:", PLACE),

@@ -87,7 +87,7 @@ def test_few_directions_are_looked_at_from_more_chains(monkeypatch):
     """In one dimension the curvature where two chains end says little of where others go."""
     looked = []
 
-    def pilot(plan, chain, lr, batches):
+    def pilot(plan, chain, lr, looks, batches):
         looked.append(chain)
         return Spectrum(1.0 + chain, 1.0, 1.0), lr, 20
 
@@ -121,6 +121,24 @@ def test_the_largest_curvature_on_the_way_counts_where_there_are_few_directions(
         assert found.lr == pytest.approx(1 / 2.0)
         assert found.trace_pilot == pytest.approx(sum(looks * chain for chain in range(1, chains + 1)) / chains)
         assert len({tuple(weights.flatten()[:1].tolist()) for weights in seen[1:]}) == chains * looks, "at other weights each"
+
+
+def test_from_a_flat_checkpoint_the_way_is_looked_at(monkeypatch):
+    """Flat: the prior holds the weights there, the loss does where a chain ends. The chains that follow are looked at 8 times."""
+    for at_checkpoint, away, count in ((0.05, 0.2, 1 + 1 + 8), (0.05, 0.05, 1 + 2), (2.0, 9.0, 1 + 2)):
+        seen = []
+
+        def look(plan, weights, batches, seen=seen, at_checkpoint=at_checkpoint, away=away):
+            seen.append(weights)
+            h_max = at_checkpoint if weights is None else away
+            return Spectrum(10.0 * h_max + 1.0, h_max, 1.0)
+
+        monkeypatch.setattr("devinterp.engine.curvature.spectrum", look)
+        plan = plan_of(Weights(torch.zeros(1000)), rows(4), quadratic(1e-3), lr="auto", localization=1.0, n_beta=10.0,
+                       sampling_method="leimkuhler_matthews")  # fmt: skip
+        with plan.checkpoint.ready():
+            choose_step_size(plan)
+        assert len(seen) == count
 
 
 def test_auto_depends_on_neither_the_number_of_chains_nor_of_draws():

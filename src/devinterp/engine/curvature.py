@@ -3,8 +3,8 @@
 `lr="auto"` takes lr A = 1 along the stiffest direction, A = n_beta h_max + localization + weight_decay. There the
 Leimkuhler-Matthews step has no bias on a quadratic, and consecutive draws are least correlated for their cost. h_max is
 measured at the checkpoint and where a short pilot ends, since curvature can grow several-fold along flat directions; with
-few moving weights also on the pilot's way, since there it varies many-fold. For a sampler with a metric M the same is said
-of the eigenvalues of M A (those of the symmetric M^(1/2) A M^(1/2)).
+few moving weights, or from a flat checkpoint, also on the pilot's way, since there it varies many-fold. For a sampler with
+a metric M the same is said of the eigenvalues of M A (those of the symmetric M^(1/2) A M^(1/2)).
 """
 
 import logging
@@ -41,7 +41,7 @@ PILOT_CHAINS, PILOT_DIRECTIONS = 2, 32
 """Chains of a pilot, and directions that they have together at least (with at most 16 chains): the largest curvature over few
 directions differs much from one point to another"""
 PILOT_LOOKS = 8
-"""Points of a pilot's chain, at most, at which the curvature is measured: enough for `PILOT_DIRECTIONS`"""
+"""Points of a pilot's chain, at most, at which the curvature is measured: enough for `PILOT_DIRECTIONS`, or from flat places"""
 PILOT_ATTEMPTS = 12
 SHORT_PILOT = 100
 """Steps that a pilot may take whatever the burn-in"""
@@ -83,10 +83,12 @@ def choose_step_size(plan: Plan) -> StepSize:
     batches = curvature_batches(plan)
     at_checkpoint = spectrum(plan, None, batches)
     check_curved("lr='auto'", at_checkpoint.precision, "Give lr, or a localization > 0.")
-    lr, in_pilot, steps = 0.5 / at_checkpoint.precision, [], 0
+    lr, in_pilot, steps, looks = 0.5 / at_checkpoint.precision, [], 0, min(PILOT_LOOKS, PILOT_DIRECTIONS // plan.selection.size)
     for chain in range(max(PILOT_CHAINS, min(16, math.ceil(PILOT_DIRECTIONS / plan.selection.size)))):
-        found, lr, steps = pilot(plan, chain, lr, batches)
+        found, lr, steps = pilot(plan, chain, lr, max(1, looks), batches)
         in_pilot.append(found)
+        if _left_the_flat(plan, at_checkpoint, found):
+            looks = PILOT_LOOKS
     largest = max(found.precision for found in in_pilot)
     precision = max(at_checkpoint.precision, largest)
     chosen = plan.sampler.traits.auto / precision
@@ -110,13 +112,18 @@ def check_curved(what: str, precision: float, fix: str) -> None:
         )
 
 
-def pilot(plan: Plan, chain: int, lr: float, batches: list[Batch]) -> tuple[Spectrum, float, int]:
+def _left_the_flat(plan: Plan, at_checkpoint: Spectrum, found: Spectrum) -> bool:
+    """The prior holds the weights at the checkpoint, the loss does where chains go: curvature changes all along the way."""
+    posterior = Posterior.of(plan.settings)
+    return posterior.n_beta * at_checkpoint.h_max < posterior.prior_precision < posterior.n_beta * found.h_max
+
+
+def pilot(plan: Plan, chain: int, lr: float, looks: int, batches: list[Batch]) -> tuple[Spectrum, float, int]:
     """The largest curvature that a chain of its own meets, the lr that got it there, and its number of steps.
 
     From a flat checkpoint the first lr throws the chain out of the region in which it is stable: then again from the
     checkpoint, four times slower.
     """
-    looks = max(1, min(PILOT_LOOKS, PILOT_DIRECTIONS // plan.selection.size))
     for _ in range(PILOT_ATTEMPTS):
         steps = pilot_steps(plan.settings, lr, looks)
         seen = list(_looks(replace(plan, sampler=plan.settings.sampler(lr), purpose="pilot"), chain, lr, steps, looks, batches))
