@@ -5,7 +5,8 @@ import torch
 from cases import TinyLM, Weights, plan_of, quadratic, random_tokens, rows
 
 import devinterp
-from devinterp.engine.curvature import Curvature, Spectrum, choose_step_size, curvature_batches, spectrum
+from devinterp.engine.curvature import Curvature, Spectrum, curvature_batches, spectrum
+from devinterp.engine.step_size import choose_step_size
 
 
 def matrix_loss(matrix):
@@ -91,7 +92,7 @@ def test_few_directions_are_looked_at_from_more_chains(monkeypatch):
         looked.append(chain)
         return Spectrum(1.0 + chain, 1.0, 1.0), lr, 20
 
-    monkeypatch.setattr("devinterp.engine.curvature.pilot", pilot)
+    monkeypatch.setattr("devinterp.engine.step_size.pilot", pilot)
     for size, chains in ((1, 16), (10, 4), (16, 2), (1000, 2)):
         plan = plan_of(Weights(torch.zeros(size)), rows(4), quadratic(1e-3), lr="auto", localization=1.0,
                        sampling_method="leimkuhler_matthews")  # fmt: skip
@@ -111,7 +112,7 @@ def test_the_largest_curvature_on_the_way_counts_where_there_are_few_directions(
             rise = len(seen) - 1
             return Spectrum(1.0, 1.0, 1.0) if weights is None else Spectrum(2.0 if rise == 1 else 1.5, 1.5, float(rise))
 
-        monkeypatch.setattr("devinterp.engine.curvature.spectrum", look)
+        monkeypatch.setattr("devinterp.engine.step_size.spectrum", look)
         plan = plan_of(Weights(torch.zeros(size)), rows(4), quadratic(1e-3), lr="auto", localization=1.0,
                        sampling_method="leimkuhler_matthews")  # fmt: skip
         with plan.checkpoint.ready():
@@ -133,7 +134,7 @@ def test_from_a_flat_checkpoint_the_way_is_looked_at(monkeypatch):
             h_max = at_checkpoint if weights is None else away
             return Spectrum(10.0 * h_max + 1.0, h_max, 1.0)
 
-        monkeypatch.setattr("devinterp.engine.curvature.spectrum", look)
+        monkeypatch.setattr("devinterp.engine.step_size.spectrum", look)
         plan = plan_of(Weights(torch.zeros(1000)), rows(4), quadratic(1e-3), lr="auto", localization=1.0, n_beta=10.0,
                        sampling_method="leimkuhler_matthews")  # fmt: skip
         with plan.checkpoint.ready():

@@ -12,9 +12,10 @@ from checks import check_gaussian
 from targets import leimkuhler_matthews_variance, preconditioned_mixing
 
 import devinterp
-from devinterp.engine.curvature import choose_step_size, curvature_batches, spectrum
+from devinterp.engine.curvature import curvature_batches, spectrum
 from devinterp.engine.metric import row_norms, with_metric
 from devinterp.engine.placement import num_cores, threads
+from devinterp.engine.step_size import choose_step_size
 
 METHOD = {"sampling_method": "preconditioned_leimkuhler_matthews"}
 D, N_BETA, GAMMA = 198_000, 3.0, 0.5

@@ -8,10 +8,11 @@ from typing import Any
 import xarray as xr
 from torch import nn
 
-from devinterp.engine.curvature import SHORT_PILOT, gradient_noise
+from devinterp.engine.curvature import gradient_noise
 from devinterp.engine.forward import Forward
 from devinterp.engine.selection import Selection
 from devinterp.engine.settings import Settings, number
+from devinterp.engine.step_size import SHORT_PILOT
 from devinterp.engine.walker import Plan
 from devinterp.errors import InputValueError, got
 from devinterp.slt.diagnosis import diagnose

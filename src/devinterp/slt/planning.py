@@ -9,7 +9,6 @@ from torch import Tensor
 
 from devinterp.engine.batches import Batches
 from devinterp.engine.checkpoint import Checkpoint
-from devinterp.engine.curvature import StepSize, choose_step_size, given_step_size
 from devinterp.engine.dispatch import Site, elsewhere
 from devinterp.engine.forward import Forward
 from devinterp.engine.metric import with_metric
@@ -18,6 +17,7 @@ from devinterp.engine.placement import Placement, decide, threads
 from devinterp.engine.proof import find_forward, precision_error, steps_together
 from devinterp.engine.selection import Selection
 from devinterp.engine.settings import Paths, Settings
+from devinterp.engine.step_size import StepSize, choose_step_size, given_step_size
 from devinterp.engine.trials import check_loss
 from devinterp.engine.walker import Plan
 
