@@ -53,6 +53,8 @@ def verdicts(values: Values, notes: Sequence[str]) -> Raw:
     sick = [run for run in runs if set(run["verdicts"]) != {"healthy"}]
     count = f"{len(runs) - len(sick)} of {len(runs)} runs are" if sick else f"All {len(runs)} runs are"
     first = f"{count} healthy: their chains are level, without spikes, and agree." + (f" {len(sick)} are not:" if sick else "")
+    if len(sick) == len(runs):
+        first = f"None of {len(runs)} runs is healthy:"
     lines = [_told(verdict, advice, of) for (verdict, advice), of in _complaints(sick).items()]
     whole = [run for run in runs if run["restriction"] == values["full"] and math.isfinite(run["llc"])]
     trend = []
