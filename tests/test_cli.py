@@ -227,6 +227,8 @@ def test_settings_come_from_the_file_and_options_win(folder, cli):
 WRONG = [
     (("llc", "nowhere", "--data", "text.txt"), "MODEL='nowhere'"),
     (("llc", "model", "--data", "missing.txt"), "no such file"),
+    (("llc", "not/looked-up", "--data", "missing.txt"), "no such file"),
+    (("llc", "not/looked-up", "--data", "text.txt", "--observable", "x=missing.txt"), "--observable x='missing.txt'"),
     (("llc", "model", "--data", "text.txt", "--lr", "-1"), "lr=-1.0: must be a finite number > 0"),
     (("llc", "model", "--data", "text.txt", "--lr", "slow"), "--lr='slow'"),
     (("llc", "model", "--data", "text.txt", "--num-chains", "0"), "num_chains=0"),

@@ -37,21 +37,33 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().split("\n")[0]
 
 
+FILES = (".txt", ".jsonl", ".json", ".parquet")
+
+
+def check_source(option: str, source: str) -> None:
+    """Refuse a file that is not there or of no known kind. The name of a hub dataset is not looked up.
+
+    Raises:
+        InputValueError: it is no file that can be read.
+    """
+    path = Path(source)
+    if (path.exists() or path.suffix in FILES) and not (path.is_file() and path.suffix in FILES):
+        problem = "no such file" if not path.exists() else "unknown ending"
+        raise InputValueError(got(option, source, "a .txt, .jsonl or .parquet file, or a hub dataset", f"{problem}."))
+
+
 def load_text(option: str, source: str, column: str, split: str) -> Any:
     from datasets import Dataset, load_dataset
 
+    check_source(option, source)
     path = Path(source)
     if path.suffix == ".txt" and path.is_file():
         try:
             return Dataset.from_dict({column: [path.read_text()]})
         except UnicodeDecodeError as error:
             raise InputValueError(got(option, source, "text in UTF-8", str(error))) from error
-    readers = {".jsonl": Dataset.from_json, ".json": Dataset.from_json, ".parquet": Dataset.from_parquet}
-    if path.suffix in readers and path.is_file():
-        return readers[path.suffix](str(path))
-    if path.exists() or path.suffix in (*readers, ".txt"):
-        problem = "no such file" if not path.exists() else "unknown ending"
-        raise InputValueError(got(option, source, "a .txt, .jsonl or .parquet file, or a hub dataset", f"{problem}."))
+    if path.is_file():
+        return (Dataset.from_parquet if path.suffix == ".parquet" else Dataset.from_json)(str(path))
     try:
         return load_dataset(source, split=split)
     except Exception as error:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, get_args
 
 import typer
 
-from devinterp.cli.inputs import load_model, tokenize
+from devinterp.cli.inputs import check_source, load_model, tokenize
 from devinterp.errors import InputValueError, got
 
 CHOSEN: dict[str, Any] = {
@@ -48,7 +48,10 @@ class Job:
     given: dict[str, Any]
 
     def __post_init__(self) -> None:
-        _ = self.settings, self.sources
+        _ = self.settings
+        check_source("--data", self.data)
+        for name, source in self.sources.items():
+            check_source(f"--observable {name}", source)
 
     @cached_property
     def settings(self) -> dict[str, Any]:
