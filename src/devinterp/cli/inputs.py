@@ -33,10 +33,6 @@ def tokenize(option: str, source: str, tokenizer: Any, column: str, split: str, 
     return made.select(range(min(len(made), sequences)))
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]
-
-
 FILES = (".txt", ".jsonl", ".json", ".parquet")
 
 
