@@ -1,11 +1,11 @@
 """`calibrate` on language models: healthy on the first try, how long it takes, and whether smaller steps give the same LLC.
 
-python benchmarks/calibrating.py [--report] [--most N]       (after `make demo`; about 20 minutes on two idle cores)
+python benchmarks/calibrating.py [--report] [--most N]       (after `make demo`; about 30 minutes on two idle cores)
 
 The demo's checkpoints, and small models of other architectures trained for a moment on the demo's text. Each is calibrated with
-nothing given but n_beta and batch size, sampled with what was found, by other chains than the pilots', and sampled again with a
-quarter of the step size and eight times the steps. Each row is kept in build/calibrating.jsonl, so a run that was cut off goes on. With --most, N models are measured
-and nothing is written to RESULTS.md; with --report what is kept is.
+nothing given but n_beta and batch size, sampled with what was found, then by other chains (other seeds), and with a quarter of
+the step size and eight times the steps. Each row is kept in build/calibrating.jsonl, so a run that was cut off goes on. With
+--most, N models are measured and nothing is written to RESULTS.md; with --report what is kept is.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import json
 import math
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -26,8 +27,8 @@ import devinterp
 
 CACHE = ROOT / "build" / "calibrating.jsonl"
 GIVEN = {"n_beta": 30.0, "batch_size": 16, "chains_together": "sequential"}
-SEED = 1
-"""of the runs: pilots have the default one, and a run as short as they would be part of them"""
+OTHER_SEEDS = (1, 2, 3, 4)
+FINER_SEED = 5
 TRAINING_STEPS = 400
 SMALL = {"vocab_size": 1024, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 192,
          "max_position_embeddings": 64}  # fmt: skip
@@ -54,6 +55,15 @@ def trained(config: Any, data: Any) -> nn.Module:
     return model
 
 
+def seen(model: nn.Module, data: Any, settings: dict[str, Any]) -> dict[str, Any]:
+    started = time.time()
+    diagnosis = devinterp.diagnose(devinterp.sample(model, data, {}, progress=False, **settings))
+    return {
+        "llc": float(diagnosis.llc_mean), "sem": float(diagnosis.mcse), "seconds": time.time() - started,
+        "verdict": ", ".join(sorted(set(diagnosis.verdict.values.tolist()))),
+    }  # fmt: skip
+
+
 def measure(name: str, model: nn.Module, data: Any) -> dict[str, Any]:
     started = time.time()
     try:
@@ -61,21 +71,17 @@ def measure(name: str, model: nn.Module, data: Any) -> dict[str, Any]:
     except devinterp.errors.DevinterpError as error:
         return {"model": name, "error": str(error), "calibrate": time.time() - started}
     calibrated = time.time() - started
-    settings, taken = found.settings | {"init_seed": SEED}, found.table.sel(localization=found.settings["localization"])
-    finer = settings | {
+    settings, taken = found.settings, found.table.sel(localization=found.settings["localization"])
+    row: dict[str, Any] = {"model": name, "loss": float(taken.loss[0]), "calibrate": calibrated}
+    row |= {key: settings[key] for key in ("localization", "lr", "num_burnin_steps", "num_draws", "num_steps_bw_draws")}
+    row["as found"] = seen(model, data, settings)
+    row["others"] = [seen(model, data, settings | {"init_seed": seed}) for seed in OTHER_SEEDS]
+    row["finer"] = seen(model, data, settings | {
         "lr": settings["lr"] / 4,
         "num_burnin_steps": 8 * settings["num_burnin_steps"],
         "num_steps_bw_draws": 8 * settings["num_steps_bw_draws"],
-    }
-    row: dict[str, Any] = {"model": name, "loss": float(taken.loss[0]), "calibrate": calibrated}
-    row |= {key: settings[key] for key in ("localization", "lr", "num_burnin_steps", "num_draws", "num_steps_bw_draws")}
-    for part, chosen in (("as found", settings), ("finer", finer)):
-        started = time.time()
-        diagnosis = devinterp.diagnose(devinterp.sample(model, data, {}, progress=False, **chosen))
-        row[part] = {
-            "llc": float(diagnosis.llc_mean), "sem": float(diagnosis.mcse), "seconds": time.time() - started,
-            "verdict": ", ".join(sorted(set(diagnosis.verdict.values.tolist()))),
-        }  # fmt: skip
+        "init_seed": FINER_SEED,
+    })  # fmt: skip
     return row
 
 
@@ -104,23 +110,26 @@ def main() -> None:
         return
     lines = [
         f"`python benchmarks/calibrating.py`, {datetime.date.today()}, {machine()}. n_beta {GIVEN['n_beta']:g}, batches of "
-        f"{GIVEN['batch_size']}; nothing else given. The last run has a quarter of the step size and eight times the steps; the difference is "
-        "in standard errors of both. Seconds on a machine that others used too.", "",
-        "| model | loss | localization | lr | burn-in + draws x steps | LLC | verdict | finer steps | difference | seconds of calibrate, of the run |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        f"{GIVEN['batch_size']}; nothing else given. The first run is what a user gets who takes the settings as they are; the others are of "
+        "other chains. Finer steps are a quarter of the step size and eight times the steps; the difference is in standard errors of "
+        "both. Seconds on a machine that others used too.", "",
+        "| model | loss | localization | lr | burn-in + draws x steps | LLC | verdict | of the others | finer steps | difference | seconds of calibrate, of the run |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     for name in (name for name in models if name in rows):
         row = rows[name]
         if "error" in row:
             what = row["error"].replace("\n", " ")
-            lines.append(f"| {name} | | | | | refused: {what} | | | | {row['calibrate']:.0f} |")
+            lines.append(f"| {name} | | | | | refused: {what} | | | | | {row['calibrate']:.0f} |")
             continue
         found, finer = row["as found"], row["finer"]
+        counts = Counter(run["verdict"] for run in row["others"])
+        others = ", ".join(f"{verdict} {count} of {len(OTHER_SEEDS)}" for verdict, count in counts.items())
         off = (found["llc"] - finer["llc"]) / math.hypot(found["sem"], finer["sem"])
         lines.append(
             f"| {name} | {row['loss']:.2f} | {row['localization']:g} | {row['lr']:.2g} | "
             f"{row['num_burnin_steps']} + {row['num_draws']} x {row['num_steps_bw_draws']} | {found['llc']:.3g} ± {found['sem']:.2g} | "
-            f"{found['verdict']} | {finer['llc']:.3g} ± {finer['sem']:.2g} | {off:+.1f} ({found['llc'] / finer['llc'] - 1:+.1%}) | "
+            f"{found['verdict']} | {others} | {finer['llc']:.3g} ± {finer['sem']:.2g} | {off:+.1f} ({found['llc'] / finer['llc'] - 1:+.1%}) | "
             f"{row['calibrate']:.0f}, {found['seconds']:.0f} |"
         )
     record("Calibrated settings", "\n".join(lines))

@@ -64,6 +64,7 @@ def test_a_pilot_that_looks_sick_gets_another_look(monkeypatch):
     first, second = looks
     assert second["num_draws"] == 2 * first["num_draws"]
     assert second["mean"] != first["mean"], "other chains"
+    assert len({first["init_seed"], second["init_seed"], Settings.init_seed}) == 3, "nor are they the run's"
     sick, looks[:] = set(range(10)), []
     with pytest.raises(DevinterpError, match="localization 8: spiky"):
         devinterp.calibrate(model, data, **settings)
@@ -78,7 +79,7 @@ def test_long_runs_are_tried_at_their_length(monkeypatch, sick_above, lr, locali
     def look(samples):
         found, took = devinterp.diagnose(samples), samples.attrs["metadata"]["config"]["sampler"]
         looks.append((took["num_draws"] * took["num_steps_bw_draws"], took["init_seed"]))
-        sick = took["localization"] == 8.0 and took["lr"] > sick_above and took["init_seed"] == Settings.init_seed + 2
+        sick = took["localization"] == 8.0 and took["lr"] > sick_above and took["init_seed"] == Settings.init_seed + 3
         return found.assign(verdict=("chain", ["spiky", "healthy", "healthy", "healthy"])) if sick else found
 
     monkeypatch.setattr("devinterp.slt.pilots.diagnose", look)
@@ -89,7 +90,7 @@ def test_long_runs_are_tried_at_their_length(monkeypatch, sick_above, lr, locali
     run = found.settings["num_draws"] * found.settings["num_steps_bw_draws"]
     steps, seed = looks[-1]
     assert run > 400, "much longer than pilots"
-    assert (steps, seed) == (run, Settings.init_seed + 2), "so it was tried, with other chains"
+    assert (steps, seed) == (run, Settings.init_seed + 3), "so it was tried, with other chains"
     if localization == 80.0:
         assert "not localization 8: in chains of" in str(found)
         with pytest.raises(DevinterpError, match=r"localization 8: in chains of \d+ steps, though not of \d+: spiky"):
@@ -138,9 +139,8 @@ def test_settling_steps_leave_what_they_say():
 
 def test_chains_that_leave_the_neighbourhood_are_not_taken():
     model, data = TinyLM(), random_tokens()
-    start = float(
-        devinterp.llc(model, data, lr=1e-6, num_draws=4, localization=1.0, num_init_loss_batches=1, **SHORT).init_loss
-    )
+    short = {"lr": 1e-6, "num_draws": 4, "localization": 1.0, "num_init_loss_batches": 1, "init_seed": Settings.init_seed + 1}
+    start = float(devinterp.llc(model, data, **short, **SHORT).init_loss)
     with pytest.raises(
         DevinterpError, match=rf"no localization works:\n  - localization 3: the loss rises by .* from {start:.2f}"
     ):

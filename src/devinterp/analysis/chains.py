@@ -9,12 +9,12 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from devinterp.analysis.uncertainty import Trace, ess, standard_error
+from devinterp.analysis.uncertainty import FEWEST_DRAWS, Trace, ess, standard_error
 
 FALSE_ALARM = 1e-4
 """How often a healthy trace may be taken for a spiky one, or healthy chains for ones that disagree"""
 RARE = 2e-3
-"""How often a trace at rest may be taken for one that drifts"""
+"""How often chains at rest may be taken for ones that drift, however many looks are taken at them"""
 
 
 @dataclass(frozen=True)
@@ -28,28 +28,43 @@ class Change:
     size: float
     error: float
     degrees: float
-    """of freedom that the error has: of the half with fewer effective draws, less mean and slope; at least one"""
+    """of freedom that the error has: those of the half that has fewer, at least one"""
 
     @classmethod
     def of(cls, trace: Trace) -> "Change":
         half = trace.shape[1] // 2
         early, late = trace[:, :half], trace[:, -half:]
-        about = [_about_line(part) for part in (early, late)]
-        degrees = max(1.0, min(ess(part, "mean") for part in about) - 2)
-        return cls(float(late.mean() - early.mean()), math.hypot(*map(standard_error, about)), degrees)
+        errors, degrees = zip(*map(_error_about_line, (early, late)), strict=True)
+        return cls(float(late.mean() - early.mean()), math.hypot(*errors), max(1.0, min(degrees)))
 
-    @property
-    def is_sure(self) -> bool:
-        """Further from zero than Student's t takes a stationary trace, in all but two of a thousand."""
+    def smallest_sure(self, looks: int = 1) -> float:
+        """The size up to which Student's t takes stationary traces, in all but two of a thousand of so many looks."""
         from scipy.special import stdtrit
 
-        return bool(abs(self.size) > stdtrit(self.degrees, 1 - RARE / 2) * self.error)
+        return float(stdtrit(self.degrees, 1 - RARE / 2 / looks)) * self.error
+
+    def is_sure(self, looks: int = 1) -> bool:
+        return abs(self.size) > self.smallest_sure(looks)
+
+
+def _error_about_line(trace: Trace) -> tuple[float, float]:
+    """Standard error of the mean and its degrees of freedom: effective draws less mean and slope.
+
+    The larger error of two, as in `uncertainty.standard_error`: of all chains as independent ones, or of their mean as one
+    series, which has a quarter of the draws where chains are four. No series has more effective draws than draws: a loss along
+    a chain is not antithetic, and where few draws look so it is chance.
+    """
+    if trace.shape[1] < FEWEST_DRAWS:
+        return math.nan, math.nan
+    about, found = _about_line(trace), []
+    for series in (about, about.mean(axis=0, keepdims=True)):
+        effective = min(ess(series, "mean"), series.size)
+        found.append((float(series.std(ddof=1)) / math.sqrt(effective), effective - 2))
+    return max(found)
 
 
 def _about_line(trace: Trace) -> Trace:
     """Each chain less its own regression on the number of the draw."""
-    if trace.shape[1] < 2:
-        return trace
     time = np.arange(trace.shape[1]) - (trace.shape[1] - 1) / 2
     slopes = trace @ time / np.square(time).sum()
     about: Trace = trace - slopes[:, None] * time

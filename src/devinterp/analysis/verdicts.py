@@ -6,7 +6,7 @@ The verdicts, in the order in which they are looked for; the first that fits is 
     too little signal        a chain that does not move, or a mean not three standard errors from zero
     fell below the start     the second half lies below zero by more than three standard errors
     spiky                    draws further up than the posterior puts any
-    still climbing, falling  the halves differ surely (Student's t, 2 of 1000), and by 5 % of the level
+    still climbing, falling  the halves differ surely (Student's t, 2 of 1000 runs), and by 5 % of the level
     chains disagree          levels further apart than chains of one law have them, or R-hat above 1.2
     step too large           for the curvature known: `analysis.step_size`
     too short                fewer than 20 draws, or a drift of 30 % of the level would not show
@@ -57,6 +57,11 @@ class Run:
     def level(self) -> float:
         return float(self.trace.mean())
 
+    @property
+    def looks(self) -> int:
+        """taken for a drift: at all chains together and at each"""
+        return 1 + len(self.trace)
+
     def judge(self) -> list[Judgement]:
         """A verdict for each chain."""
         looks: tuple[Callable[[Run], dict[int, Judgement]], ...] = (
@@ -79,7 +84,7 @@ class Run:
         error = standard_error(self.trace)
         # chains that each have a signal, at levels far apart, have no sure mean either
         alone = all(abs(float(row.mean())) > SURE * standard_error(row[None]) for row in self.trace)
-        if abs(self.level) < SURE * error and not Change.of(self.trace).is_sure and not alone:
+        if abs(self.level) < SURE * error and not Change.of(self.trace).is_sure() and not alone:
             reason = f"the LLC is {self.level:.3g} with a standard error of {error:.2g}"
             weak = Judgement("too little signal", reason, "more draws, larger batches, or a larger n_beta")
             found = self._of_all(weak) | found
@@ -114,7 +119,7 @@ class Run:
 
     def _drift(self, trace: Trace) -> Judgement | None:
         change = Change.of(trace)
-        if not (change.is_sure and abs(change.size) > LEAST_DRIFT * abs(float(trace.mean()))):
+        if not (change.is_sure(self.looks) and abs(change.size) > LEAST_DRIFT * abs(float(trace.mean()))):
             return None
         reason = f"from the first half of the draws to the second the LLC changes by {change.size:+.3g} ± {change.error:.2g}"
         if change.size > 0:
@@ -138,7 +143,9 @@ class Run:
         return self._of_all(Judgement("step too large", self.coarse, advice)) if self.coarse else {}
 
     def _short(self) -> dict[int, Judgement]:
-        hidden, few = 2 * Change.of(self.trace).error, self.trace.shape[1] < FEWEST_DRAWS
+        # levels far apart hide it, and so do few effective draws
+        hidden = max(2 * Change.of(self.trace).error, Change.of(self.trace.mean(axis=0, keepdims=True)).smallest_sure())
+        few = self.trace.shape[1] < FEWEST_DRAWS
         if hidden <= HIDDEN_DRIFT * abs(self.level) and not few:
             return {}
         reason = f"only a drift above {hidden:.2g} would show in an LLC of {self.level:.3g}"

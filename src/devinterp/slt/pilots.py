@@ -118,8 +118,8 @@ class Pilots:
     def at_length(self, tried: Tried, draws: int, every: int) -> Tried:
         """Tried again with other chains, for as many steps as the run will have: rare ways into steeper places show in them."""
         for name in self.cases:
-            settings = {"lr": tried.lr, "localization": tried.localization, "init_seed": self._other_seed(2)}
-            row = self._pilot(name, tried.burn_in, draws, every, **settings)
+            settings = {"lr": tried.lr, "localization": tried.localization}
+            row = self._pilot(3, name, tried.burn_in, draws, every, **settings)
             if row["excess"] > row["limit"] or any(verdict in row["fault"] for verdict in UNSTABLE):
                 fault = f"in chains of {draws * every} steps, though not of {tried.rows[name]['steps']}: {row['fault']}"
                 return replace(tried, rows=tried.rows | {name: row}, fault=fault)
@@ -141,18 +141,16 @@ class Pilots:
     def _looked_at(self, name: str, burn_in: int, **settings: Any) -> dict[str, Any]:
         """A few in a hundred healthy pilots look sick: another look at those, at other chains, for twice as long."""
         every = max(1, burn_in // PILOT_SPACING)
-        row = self._pilot(name, burn_in, PILOT_DRAWS, every, **settings)
+        row = self._pilot(1, name, burn_in, PILOT_DRAWS, every, **settings)
         if row["verdict"] in ("healthy", "diverged") or row["excess"] > row["limit"]:
             return row
-        return self._pilot(name, burn_in, 2 * PILOT_DRAWS, every, init_seed=self._other_seed(1), **settings)
+        return self._pilot(2, name, burn_in, 2 * PILOT_DRAWS, every, **settings)
 
-    def _other_seed(self, by: int) -> int:
-        seed: int = (self.fixed.get("init_seed", Settings.init_seed) + by) % 2**64
-        return seed
-
-    def _pilot(self, name: str, burn_in: int, draws: int, every: int, **settings: Any) -> dict[str, Any]:
+    def _pilot(self, look: int, name: str, burn_in: int, draws: int, every: int, **settings: Any) -> dict[str, Any]:
+        """Other chains than those of the run that follows and of other looks: part of a healthy pilot is no new evidence."""
+        seed = (self.fixed.get("init_seed", Settings.init_seed) + look) % 2**64
         length = {"num_chains": PILOT_CHAINS, "num_draws": draws, "num_burnin_steps": burn_in, "num_steps_bw_draws": every}
-        samples = self.run(name, **length, **settings)
+        samples = self.run(name, init_seed=seed, **length, **settings)
         found = diagnose(samples)
         verdicts = sorted(set(found.verdict.values.tolist()) - {"healthy", "too short"})  # the run itself is longer
         start = float(mean_init_loss(root_of(samples)))
