@@ -1,6 +1,7 @@
 """Shared fixtures."""
 
 import re
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,8 @@ from datasets import Dataset
 
 import devinterp
 from devinterp.errors import DevinterpInputError
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a script has started the tests in the background
 
 
 @pytest.fixture

@@ -191,6 +191,7 @@ BUGS = [
     Bug("a damaged part kept", "store/runs.py", "if damaged or lost or", "if lost or", RESUME),
     Bug("another machine's lease ignored", "store/lock.py", "return time.time() - self.seen < STALE_SECONDS", "return False", RESUME),
     Bug("the dead keep their lease", "store/lock.py", "return self.boot == started(self.pid)", "return True", RESUME),
+    Bug("ignored signals heard", "engine/stopping.py", " if signal.getsignal(number) is not signal.SIG_IGN]", "]", f"{RESUME}::test_signals_that_are_ignored_stay_ignored"),
     Bug("signals not heard", "engine/stopping.py", "stop.signal = number", "pass", RESUME),
     Bug("nothing committed at a signal", "store/commits.py", "if kind is GeneratorExit and self.part is not None:", "if False:", RESUME),
     Bug("commits that are not due", "store/commits.py", "time.monotonic() - self._last >= self.every:", "True:", RESUME),

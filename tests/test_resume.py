@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import devinterp
+from devinterp.engine.stopping import stop_signals
 from devinterp.engine.walker import Walker
 from devinterp.errors import ChainFailed, DevinterpInputError, RunLocked, RunMismatchError
 from devinterp.store import schema
@@ -402,6 +403,19 @@ def test_signals_commit_and_end_with_the_usual_codes(tmp_path, way, number):
     assert "the same call goes on from there" in errors
     records = [read_record(p) for p in (tmp_path / "run.run").glob("chain-*/progress.json")]
     assert any(record["steps_taken"] > 0 and record["state"] for record in records)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_that_are_ignored_stay_ignored(number):
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        with stop_signals() as stop:
+            os.kill(os.getpid(), number)
+            time.sleep(0.01)
+        assert stop.signal is None
+        assert signal.getsignal(number) is signal.SIG_IGN
+    finally:
+        signal.signal(number, before)
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,7 @@ def heard_by_threads(stop: Stop) -> Iterator[None]:
 def stop_signals() -> Iterator[Stop]:
     """Catches SIGINT and SIGTERM for the length of the block; a second SIGINT is not waited for.
 
+    One that the process ignores stays ignored: so a shell script spares its jobs in the background when it is stopped itself.
     Outside of the main thread nothing is caught, since signals do not arrive there: see `heard_by_threads`.
     """
     stop = Stop()
@@ -60,7 +61,8 @@ def stop_signals() -> Iterator[Stop]:
             raise KeyboardInterrupt
         stop.signal = number
 
-    before = {number: signal.signal(number, asked) for number in (signal.SIGINT, signal.SIGTERM)}
+    heard = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, asked) for number in heard}
     try:
         yield stop
     finally:
