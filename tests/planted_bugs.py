@@ -247,6 +247,8 @@ BUGS = [
         "    trace = curvature.first_quotient * plan.selection.size\n    if plan.metric is not None:\n        return Spectrum(largest)\n", "tests/test_curvature.py"),
     Bug("pilots that left the neighbourhood taken", "slt/pilots.py", "if excess > limit:", "if False:",
         f"{CALIBRATION}::test_chains_that_leave_the_neighbourhood_are_not_taken"),
+    Bug("too little signal ends the search", "slt/calibration.py", "settled[-1].works or WEAK in settled[-1].fault", "settled[-1].works", f"{CALIBRATION}::test_too_little_signal_is_no_end_of_the_search"),
+    Bug("far fewer draws than accuracy takes", "slt/calibration.py", "(SPARE * accuracy)", "(2 * accuracy)", f"{CALIBRATION}::test_more_is_aimed_at_than_accuracy_asks_for"),
     Bug("the run is part of its pilot", "slt/pilots.py", "Settings.init_seed) + look)", "Settings.init_seed) + look - 1)", CALIBRATION),
     Bug("half the burn-in", "slt/pilots.py", "(2 * math.log1p(", "(4 * math.log1p(",
         f"{CALIBRATION}::test_settling_steps_leave_what_they_say"),

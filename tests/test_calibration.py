@@ -14,6 +14,7 @@ import devinterp
 from devinterp.engine.curvature import gradient_noise
 from devinterp.engine.settings import Settings
 from devinterp.errors import DevinterpError
+from devinterp.slt.calibration import FEWEST_DRAWS
 from devinterp.slt.pilots import Pilots, cases_of, settling_steps
 
 H = [8.0] * 5 + [2.0] * 35
@@ -46,6 +47,33 @@ def test_the_weakest_localization_that_settles_is_taken_and_gives_the_exact_valu
     text = str(found)
     assert f"localization={weakest:g}: the weakest of those tried" in text
     assert "not localization 0.08: flat directions settle in" in text
+
+
+def test_too_little_signal_is_no_end_of_the_search(monkeypatch):
+    """None of the ladder has enough, and the next does not settle: what lies in between is tried."""
+    model, data = Weights(torch.zeros(40)), rows(20)
+
+    def look(samples):
+        weak = samples.attrs["metadata"]["config"]["sampler"]["localization"] >= 0.8
+        found = devinterp.diagnose(samples)
+        return found.assign(verdict=("chain", ["too little signal"] * 4)) if weak else found
+
+    monkeypatch.setattr("devinterp.slt.pilots.diagnose", look)
+    settings = {"loss_fn": stiff_and_flat, "accuracy": 0.05, "num_init_loss_batches": 1, **SHORT}
+    found = devinterp.calibrate(model, data, **settings)
+    assert found.settings["localization"] == pytest.approx(1.1 * math.log(100) * 80 / 1000, rel=0.05)
+    with pytest.raises(DevinterpError, match=r"localization 8: too little signal\nTry others"):
+        devinterp.calibrate(model, data, localization=[8.0], **settings)
+
+
+def test_more_is_aimed_at_than_accuracy_asks_for():
+    """Pilots know their standard error to a quarter: 16 independent runs of what is found reach the accuracy in the mean."""
+    settings = {"loss_fn": stiff_and_flat, "localization": [80.0], "num_init_loss_batches": 1, **SHORT}
+    model, data = Weights(torch.zeros(40)), rows(20)
+    found = devinterp.calibrate(model, data, accuracy=0.02, **settings).settings
+    assert found["num_draws"] > FEWEST_DRAWS
+    levels = [float(devinterp.llc(model, data, progress=False, **found | {"init_seed": seed}).llc_mean) for seed in range(16)]
+    assert np.std(levels, ddof=1) / quadratic_llc(H, 10.0, 80.0) < 0.02 * (1 + 2 / math.sqrt(2 * 15))
 
 
 def test_a_pilot_that_looks_sick_gets_another_look(monkeypatch):

@@ -20,12 +20,16 @@ if TYPE_CHECKING:
 logger = logging.getLogger("devinterp")
 
 FEWEST_DRAWS, MOST_DRAWS = 50, 5000
+SPARE = 0.75
+"""of the standard error asked for is aimed at: that of a pilot is itself known to about a quarter"""
 MOST_BETWEEN = 3
-"""Localizations tried between the last of the ladder that works and the next"""
+"""Localizations tried between the last of the ladder that settles and the next"""
 LONGER = 2
 """times a pilot: a run longer than that is tried at its full length"""
 MOST_LENGTHS = 4
 """runs of full length"""
+WEAK = "too little signal"
+"""A stronger localization than this verdict is of leaves less of the loss still"""
 METHOD = "leimkuhler_matthews"
 
 
@@ -86,7 +90,7 @@ def calibrate(
         localization: what to try, per squared weight; None = from 10 n_beta h_max downwards, each a tenth, and where the next
             would not settle in time, the weakest that does.
         batch_size: sequences per step.
-        accuracy: relative standard error of the LLC that `num_draws` aims at.
+        accuracy: relative standard error of the LLC that `num_draws` is to reach; three quarters of it are aimed at.
         max_steps: of a pilot's burn-in; the pilot is three times as long.
         largest_excess: rise of the loss that still counts as local, in nats; None = a tenth of the checkpoint's loss (no
             limit where that is below 0.001).
@@ -113,11 +117,11 @@ def calibrate(
     for candidate in candidates(localization, pilots):
         tried.append(pilots.at(candidate))
         logger.info("%s", tried[-1])
-        if not tried[-1].works and any(one.works for one in tried):
-            break  # weaker ones go further still
-    _some_works(tried)
+        if not tried[-1].rows or (not tried[-1].works and any(one.works for one in tried)):
+            break  # weaker ones settle later still, or go further
     if localization is None:
         tried += _weakest_to_settle(pilots, tried)
+    _some_works(tried)
     return _chosen(pilots, _stable_at_length(pilots, tried, accuracy, localization is not None), accuracy)
 
 
@@ -130,14 +134,18 @@ def _some_works(tried: list[Tried]) -> None:
 
 
 def _weakest_to_settle(pilots: Pilots, tried: list[Tried]) -> Iterator[Tried]:
-    """Between the last that works and the next, where that would not settle in time. Curvature is measured anew at each."""
-    last, strong = tried[-1], _taken(tried).localization
+    """Between the last that settles and the next, which does not. Curvature is measured anew at each."""
+    settled, last = tried[:-1], tried[-1]
+    if last.rows or not settled or not (settled[-1].works or WEAK in settled[-1].fault):
+        return
     for _ in range(MOST_BETWEEN):
-        if last.works or not last.localization < (between := pilots.weakest_to_settle(last.lr)) < strong:
+        if not last.localization < (between := pilots.weakest_to_settle(last.lr)) < settled[-1].localization:
             return
         last = pilots.at(between)
         logger.info("%s", last)
         yield last
+        if last.rows:
+            return
 
 
 def _stable_at_length(pilots: Pilots, tried: list[Tried], accuracy: float, given: bool) -> list[Tried]:
@@ -170,7 +178,7 @@ def _length(taken: Tried, accuracy: float) -> tuple[int, int]:
     """Draws, and steps between them: draws that lie so far apart hold as much as all the pilot's in between."""
     rows = taken.rows.values()
     every = int(max(row["steps_bw_draws"] for row in rows))
-    wanted = math.ceil(max(row["steps"] * (row["llc_sem"] / row["llc"] / accuracy) ** 2 for row in rows) / every)
+    wanted = math.ceil(max(row["steps"] * (row["llc_sem"] / row["llc"] / (SPARE * accuracy)) ** 2 for row in rows) / every)
     return min(MOST_DRAWS, max(FEWEST_DRAWS, wanted)), every
 
 
