@@ -93,7 +93,8 @@ def main() -> None:
     warnings.simplefilter("ignore")
     CACHE.parent.mkdir(exist_ok=True)
     CACHE.touch()
-    rows = {row["model"]: row for row in map(json.loads, CACHE.read_text().splitlines())}
+    kept = map(json.loads, CACHE.read_text().splitlines())
+    rows = {row["model"]: row for row in kept if "error" in row or "others" in row}
     models: dict[str, Callable[[], nn.Module]] = {
         f"demo, {path.name}": lambda path=path: AutoModelForCausalLM.from_pretrained(path)
         for path in sorted((DEMO / "checkpoints").iterdir())

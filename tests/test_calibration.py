@@ -15,7 +15,7 @@ from devinterp.engine.curvature import gradient_noise
 from devinterp.engine.settings import Settings
 from devinterp.errors import DevinterpError
 from devinterp.slt.calibration import FEWEST_DRAWS
-from devinterp.slt.pilots import Pilots, cases_of, settling_steps
+from devinterp.slt.pilots import SEEDS_APART, Pilots, cases_of, settling_steps
 
 H = [8.0] * 5 + [2.0] * 35
 SHORT = {"n_beta": 10.0, "batch_size": 4, "progress": False}
@@ -107,7 +107,11 @@ def test_long_runs_are_tried_at_their_length(monkeypatch, sick_above, lr, locali
     def look(samples):
         found, took = devinterp.diagnose(samples), samples.attrs["metadata"]["config"]["sampler"]
         looks.append((took["num_draws"] * took["num_steps_bw_draws"], took["init_seed"]))
-        sick = took["localization"] == 8.0 and took["lr"] > sick_above and took["init_seed"] == Settings.init_seed + 3
+        sick = (
+            took["localization"] == 8.0
+            and took["lr"] > sick_above
+            and took["init_seed"] == Settings.init_seed + 3 * SEEDS_APART
+        )
         return found.assign(verdict=("chain", ["spiky", "healthy", "healthy", "healthy"])) if sick else found
 
     monkeypatch.setattr("devinterp.slt.pilots.diagnose", look)
@@ -118,7 +122,7 @@ def test_long_runs_are_tried_at_their_length(monkeypatch, sick_above, lr, locali
     run = found.settings["num_draws"] * found.settings["num_steps_bw_draws"]
     steps, seed = looks[-1]
     assert run > 400, "much longer than pilots"
-    assert (steps, seed) == (run, Settings.init_seed + 3), "so it was tried, with other chains"
+    assert (steps, seed) == (run, Settings.init_seed + 3 * SEEDS_APART), "so it was tried, with other chains"
     if localization == 80.0:
         assert "not localization 8: in chains of" in str(found)
         with pytest.raises(DevinterpError, match=r"localization 8: in chains of \d+ steps, though not of \d+: spiky"):
@@ -167,7 +171,13 @@ def test_settling_steps_leave_what_they_say():
 
 def test_chains_that_leave_the_neighbourhood_are_not_taken():
     model, data = TinyLM(), random_tokens()
-    short = {"lr": 1e-6, "num_draws": 4, "localization": 1.0, "num_init_loss_batches": 1, "init_seed": Settings.init_seed + 1}
+    short = {
+        "lr": 1e-6,
+        "num_draws": 4,
+        "localization": 1.0,
+        "num_init_loss_batches": 1,
+        "init_seed": Settings.init_seed + SEEDS_APART,
+    }
     start = float(devinterp.llc(model, data, **short, **SHORT).init_loss)
     with pytest.raises(
         DevinterpError, match=rf"no localization works:\n  - localization 3: the loss rises by .* from {start:.2f}"
@@ -209,7 +219,7 @@ def test_the_settings_are_those_of_sample_and_what_was_given_is_handed_through()
         random_tokens(),
         localization=20.0,
         gradient_accumulation_steps=2,
-        init_seed=3,
+        init_seed=np.int64(3),
         num_init_loss_batches=1,
         **SHORT,
     )

@@ -97,6 +97,9 @@ def test_each_fault_has_its_verdict():
     assert verdicts(base, "it is too large") == ["step too large"] * 4
     assert verdicts(base[:, :8]) == ["too short"] * 4
     assert verdicts(base[:1, :3]) == ["too short"]
+    stuck = base.copy()
+    stuck[:, :100] = 10.0
+    assert "healthy" not in verdicts(stuck), "half of it has no spread to go by"
 
 
 def test_a_slow_climb_without_noise_is_no_rest():

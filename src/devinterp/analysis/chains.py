@@ -38,7 +38,7 @@ class Change:
         return cls(float(late.mean() - early.mean()), math.hypot(*errors), max(1.0, min(degrees)))
 
     def smallest_sure(self, looks: int = 1) -> float:
-        """The size up to which Student's t takes stationary traces, in all but two of a thousand of so many looks."""
+        """The size up to which Student's t takes stationary traces: past it in any of so many looks, two of a thousand go."""
         from scipy.special import stdtrit
 
         return float(stdtrit(self.degrees, 1 - RARE / 2 / looks)) * self.error
@@ -51,15 +51,15 @@ def _error_about_line(trace: Trace) -> tuple[float, float]:
     """Standard error of the mean and its degrees of freedom: effective draws less mean and slope.
 
     The larger error of two, as in `uncertainty.standard_error`: of all chains as independent ones, or of their mean as one
-    series, which has a quarter of the draws where chains are four. No series has more effective draws than draws: a loss along
-    a chain is not antithetic, and where few draws look so it is chance.
+    series, which has a quarter of the draws where chains are four. Unlike there, no series has more effective draws than draws:
+    the loss along a chain on a quadratic is not antithetic, and where few draws look so it is chance.
     """
     if trace.shape[1] < FEWEST_DRAWS:
         return math.nan, math.nan
     about, found = _about_line(trace), []
     for series in (about, about.mean(axis=0, keepdims=True)):
-        effective = min(ess(series, "mean"), series.size)
-        found.append((float(series.std(ddof=1)) / math.sqrt(effective), effective - 2))
+        degrees = min(ess(series, "mean"), series.size) - 2
+        found.append((float(series.std(ddof=1) / np.sqrt(np.maximum(1.0, degrees))), degrees))  # NaN stays NaN
     return max(found)
 
 

@@ -60,7 +60,7 @@ class Run:
     @property
     def looks(self) -> int:
         """taken for a drift: at all chains together and at each"""
-        return 1 + len(self.trace)
+        return len(self.trace) + (len(self.trace) > 1)
 
     def judge(self) -> list[Judgement]:
         """A verdict for each chain."""
@@ -84,7 +84,7 @@ class Run:
         error = standard_error(self.trace)
         # chains that each have a signal, at levels far apart, have no sure mean either
         alone = all(abs(float(row.mean())) > SURE * standard_error(row[None]) for row in self.trace)
-        if abs(self.level) < SURE * error and not Change.of(self.trace).is_sure() and not alone:
+        if abs(self.level) < SURE * error and not Change.of(self.trace).is_sure(self.looks) and not alone:
             reason = f"the LLC is {self.level:.3g} with a standard error of {error:.2g}"
             weak = Judgement("too little signal", reason, "more draws, larger batches, or a larger n_beta")
             found = self._of_all(weak) | found
@@ -143,12 +143,12 @@ class Run:
         return self._of_all(Judgement("step too large", self.coarse, advice)) if self.coarse else {}
 
     def _short(self) -> dict[int, Judgement]:
-        # levels far apart hide it, and so do few effective draws
+        # that of the mean over chains; or twice the error where their levels lie apart, which leaves no degrees of freedom
         hidden = max(2 * Change.of(self.trace).error, Change.of(self.trace.mean(axis=0, keepdims=True)).smallest_sure())
         few = self.trace.shape[1] < FEWEST_DRAWS
         if hidden <= HIDDEN_DRIFT * abs(self.level) and not few:
             return {}
-        reason = f"only a drift above {hidden:.2g} would show in an LLC of {self.level:.3g}"
+        reason = f"a drift of {hidden:.2g} would not show in an LLC of {self.level:.3g}"
         if few:
             reason = f"{self.trace.shape[1]} draws are too few to tell (at least {FEWEST_DRAWS})"
         return self._of_all(Judgement("too short", reason, "more draws, or more chains"))

@@ -33,6 +33,8 @@ FEWEST_STEPS = 20
 PILOT_CHAINS, PILOT_DRAWS = 4, 100
 PILOT_SPACING = 50
 """Draws of a pilot within the length of its burn-in: afterwards it is twice as long again"""
+SEEDS_APART = 2**32
+"""Those of pilots and of the run: not the next ones, which are the user's for more runs"""
 SHARES = (1.0, 0.25, 0.0625)
 """of the step size of lr="auto" that are tried"""
 UNSTABLE = ("diverged", "spiky")
@@ -148,7 +150,7 @@ class Pilots:
 
     def _pilot(self, look: int, name: str, burn_in: int, draws: int, every: int, **settings: Any) -> dict[str, Any]:
         """Other chains than those of the run that follows and of other looks: part of a healthy pilot is no new evidence."""
-        seed = (self.fixed.get("init_seed", Settings.init_seed) + look) % 2**64
+        seed = (int(self.fixed.get("init_seed", Settings.init_seed)) + look * SEEDS_APART) % 2**64
         length = {"num_chains": PILOT_CHAINS, "num_draws": draws, "num_burnin_steps": burn_in, "num_steps_bw_draws": every}
         samples = self.run(name, init_seed=seed, **length, **settings)
         found = diagnose(samples)
