@@ -62,6 +62,7 @@ truth: .venv/.installed  ## LLCs and error bars with known answers, verdicts, ca
 	$(BIN)/python benchmarks/known_llc.py
 	$(BIN)/python benchmarks/coverage.py
 	$(BIN)/python benchmarks/verdicts.py
+	$(BIN)/python benchmarks/false_alarms.py
 	$(BIN)/python benchmarks/calibrating.py
 
 .venv-peer/.installed: constraints.txt

@@ -195,3 +195,16 @@ def crossing_llc(powers: Sequence[int], n_beta: float, gamma: float, points: int
     energy = n_beta * math.prod(axis ** (2 * k) for axis, k in zip(axes, powers, strict=True))
     density = np.exp(-energy - gamma / 2 * sum(axis**2 for axis in axes)) * math.prod(axes)
     return float((energy * density).sum() / density.sum())
+
+
+def energies(
+    rng, chains: int = 4, draws: int = 200, directions: int = 20, rho: float = 0.5, shared: float = 0.0, start: float = 1.0
+):
+    """n_beta times the excess loss of chains on a quadratic, with the noise of batches that all share; at rest, unless they start
+    at so many standard deviations from the minimum."""
+    noise = rng.standard_normal((chains, draws, directions))
+    w = np.empty_like(noise)
+    w[:, 0] = start * noise[:, 0]
+    for d in range(1, draws):
+        w[:, d] = rho * w[:, d - 1] + math.sqrt(1 - rho**2) * noise[:, d]
+    return 0.5 * np.square(w).sum(-1) + shared * rng.standard_normal(draws)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from arviz_stats.base import array_stats
 from cases import TinyLM, Weights, quadratic, random_tokens, rows
+from targets import energies
 
 import devinterp
 from devinterp.analysis.chains import Change, disagreement, spikes, without_common
@@ -17,19 +18,6 @@ from devinterp.slt.diagnosis import describe
 
 SHORT = {"lr": 1e-3, "n_beta": 10.0, "localization": 5.0, "batch_size": 4, "num_draws": 40, "num_chains": 3,
          "num_init_loss_batches": 1, "progress": False}  # fmt: skip
-
-
-def energies(
-    rng, chains: int = 4, draws: int = 200, directions: int = 20, rho: float = 0.5, shared: float = 0.0, start: float = 1.0
-):
-    """n_beta times the excess loss of chains on a quadratic, with the noise of batches that all share; at rest, unless they start
-    at so many standard deviations from the minimum."""
-    noise = rng.standard_normal((chains, draws, directions))
-    w = np.empty_like(noise)
-    w[:, 0] = start * noise[:, 0]
-    for d in range(1, draws):
-        w[:, d] = rho * w[:, d - 1] + math.sqrt(1 - rho**2) * noise[:, d]
-    return 0.5 * np.square(w).sum(-1) + shared * rng.standard_normal(draws)
 
 
 def verdicts(trace, coarse: str = "") -> list[str]:
