@@ -192,7 +192,7 @@ def _about_all(result: xr.Dataset) -> list[str]:
         lines.append(f"R-hat {float(result.rhat):.3f}{shared}.")
     every, suggested = result.attrs.get("num_steps_bw_draws", 1), float(result.suggested_num_steps_bw_draws)
     lines.append(f"Effective sample size {float(result.ess_bulk):.0f} (tails {float(result.ess_tail):.0f}) of {draws} draws; "
-                 f"one draw in {float(result.autocorrelation_time):.1f} is independent.")  # fmt: skip
+                 f"one draw in {np.maximum(1.0, float(result.autocorrelation_time)):.1f} is independent.")  # fmt: skip
     if suggested >= 2 * every:
         lines.append(f"num_steps_bw_draws={suggested:.0f} would keep independent draws only, and store less.")
     return lines
